@@ -1,0 +1,1 @@
+"""Latency and throughput of every Scorer beside its peers, measured in one run."""

@@ -1,0 +1,234 @@
+"""A model on disk: `model.safetensors` with the weights and `model.json` with everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ebm.events import DataError, Schema
+from ebm.preprocess import TRANSFORMS, Preprocessing
+
+FORMAT = "fused-ebm bundle"
+FORMAT_VERSION = 1
+MAX_WIDTHS = {"input_dim": 256, "hidden_dim": 512, "n_layers": 8, "n_sigmas": 64, "latent_dim": 256}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a network; `kind` is "energy", "score" or "autoencoder"."""
+
+    kind: str
+    input_dim: int
+    hidden_dim: int = 256
+    n_layers: int = 2
+    n_sigmas: int = 10
+    latent_dim: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("energy", "score", "autoencoder"):
+            raise DataError(f"kind is {self.kind!r}, expected 'energy', 'score' or 'autoencoder'")
+        for name, most in MAX_WIDTHS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise DataError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor."""
+        d, h = self.input_dim, self.hidden_dim
+        if self.kind == "autoencoder":
+            widths = [d, 128, 64, self.latent_dim, 64, 128, d]
+            layers = enumerate(itertools.pairwise(widths))
+            return {k: v for i, (a, b) in layers for k, v in ((f"w.{i}", (b, a)), (f"b.{i}", (b,)))}
+        shapes: dict[str, tuple[int, ...]] = {"w_in": (h, d), "b_in": (h,), "emb": (self.n_sigmas, h)}
+        for i in range(self.n_layers):
+            shapes |= {f"w.{i}": (h, h), f"b.{i}": (h,)}
+        head = (h,) if self.kind == "energy" else (d, h)
+        return shapes | {"w_out": head, "b_out": (1,) if self.kind == "energy" else (d,)}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """flag = energy > `energy`, strictly, at noise level `level`.
+
+    `energy` is the `rank`-th largest of `n_background` background energies. The true background rate is at
+    most `upper_bound` with the given confidence; `guaranteed` says whether that is within `rate`.
+    """
+
+    energy: float
+    rate: float
+    confidence: float
+    rank: int
+    n_background: int
+    upper_bound: float
+    guaranteed: bool
+    level: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained model: architecture, float32 tensors, noise levels, schema, preprocessing, threshold."""
+
+    architecture: Architecture
+    tensors: dict[str, np.ndarray]
+    sigmas: tuple[float, ...]
+    default_level: int
+    schema: Schema
+    preprocessing: Preprocessing
+    threshold: Threshold | None = None
+    provenance: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        a, s = self.architecture, np.asarray(self.sigmas)
+        for name, width in (("schema", self.schema.n_features), ("preprocessing", self.preprocessing.n_features)):
+            if width != a.input_dim:
+                raise DataError(f"the {name} has {width} features, the architecture {a.input_dim}")
+        if a.kind != "autoencoder" and (len(s) != a.n_sigmas or (s <= 0).any() or (np.diff(s) >= 0).any()):
+            raise DataError(f"sigmas must be {a.n_sigmas} positive, descending numbers, given {self.sigmas}")
+        if not 0 <= self.default_level < self.n_levels:
+            raise DataError(f"default_level is {self.default_level}, expected 0 to {self.n_levels - 1}")
+        expected = a.shapes()
+        if missing := sorted(expected.keys() - self.tensors.keys()):
+            raise DataError(f"tensors missing: {', '.join(missing)}")
+        if foreign := sorted(self.tensors.keys() - expected.keys()):
+            raise DataError(f"tensors that a {a.kind} model does not have: {', '.join(foreign)}")
+        for name, shape in expected.items():
+            t = self.tensors[name]
+            if t.shape != shape or t.dtype != np.float32:
+                raise DataError(f"tensor {name} is {t.dtype}{list(t.shape)}, expected float32{list(shape)}")
+            if not np.isfinite(t).all():
+                raise DataError(f"tensor {name} has values that are not finite")
+
+    @property
+    def n_levels(self) -> int:
+        return 1 if self.architecture.kind == "autoencoder" else self.architecture.n_sigmas
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the weights, the preprocessing and the levels: what determines every energy."""
+        h = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            h.update(name.encode() + self.tensors[name].tobytes())
+        return h.hexdigest()
+
+    @classmethod
+    def random(cls, input_dim: int = 64, hidden_dim: int = 256, n_layers: int = 2, n_sigmas: int = 10,
+               kind: str = "energy", seed: int = 0, preprocessing: Preprocessing | None = None) -> Bundle:
+        """A model with random weights of ordinary size, for tests and benchmarks."""
+        a = Architecture(kind, input_dim, hidden_dim, n_layers, n_sigmas)
+        rng = np.random.default_rng(seed)
+        tensors = {name: (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+                   for name, shape in a.shapes().items()}
+        schema = Schema("random", tuple(f"x{j}" for j in range(input_dim)), ("",) * input_dim)
+        sigmas = tuple(np.geomspace(2, 0.05, n_sigmas)) if n_sigmas > 1 else (0.25,)
+        default_level = 0 if kind == "autoencoder" else n_sigmas // 2
+        return cls(a, tensors, sigmas, default_level, schema,
+                   preprocessing or Preprocessing.identity(input_dim))
+
+    def save(self, path: str | Path) -> None:
+        """Write the bundle to directory `path`, replacing one that is there; whole or not at all."""
+        from safetensors.numpy import save
+
+        path = Path(path)
+        if path.exists() and not (path / "model.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise DataError(f"{path} exists and is no model bundle: it is not overwritten")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = save(dict(sorted(self.tensors.items())))
+        description = {"format": FORMAT, "format_version": FORMAT_VERSION,
+                       "weights_sha256": hashlib.sha256(weights).hexdigest(), **self._description(),
+                       "threshold": self.threshold and asdict(self.threshold), "provenance": self.provenance}
+        text = json.dumps(description, indent=1, allow_nan=False) + "\n"
+        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            new.chmod(0o755)
+            for name, content in (("model.safetensors", weights), ("model.json", text.encode())):
+                with open(new / name, "wb") as f:
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+            old = None
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.rename(path, old / "bundle")
+            os.rename(new, path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+            if old:
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Read a bundle directory; DataError names the file and what is wrong with it."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: no such model directory")
+        json_path, weights_path = path / "model.json", path / "model.safetensors"
+        content = {}
+        for p in (json_path, weights_path):
+            try:
+                content[p] = p.read_bytes()
+            except OSError as e:
+                raise DataError(f"{p}: cannot be read ({e.strerror}); a bundle has model.json and "
+                                "model.safetensors") from None
+        try:
+            d = json.loads(content[json_path])
+        except ValueError as e:
+            raise DataError(f"{json_path}: not valid JSON ({e})") from None
+        if not isinstance(d, dict) or d.get("format") != FORMAT:
+            raise DataError(f"{json_path}: not the description of a {FORMAT}")
+        if d.get("format_version") != FORMAT_VERSION:
+            raise DataError(f"{json_path}: format version {d.get('format_version')!r}, this version reads "
+                            f"{FORMAT_VERSION}")
+        given = hashlib.sha256(content[weights_path]).hexdigest()
+        if given != d.get("weights_sha256"):
+            raise DataError(f"{weights_path}: truncated, damaged or from another model (SHA-256 {given[:12]}, "
+                            f"model.json says {str(d.get('weights_sha256'))[:12]})")
+        try:
+            features = d["features"]
+            schema = Schema(d["schema"], tuple(f["name"] for f in features), tuple(f["unit"] for f in features),
+                            d["missing_marker"], tuple(f["impute"] is not None for f in features))
+            columns = {k: [np.nan if f[k] is None else f[k] for f in features]
+                       for k in ("marker", "impute", "scale", "mean", "inv_std")}
+            preprocessing = Preprocessing(transform=[TRANSFORMS.index(f["transform"]) for f in features], **columns)
+            threshold = d["threshold"] and Threshold(**d["threshold"])
+            return cls(Architecture(**d["architecture"]), load(content[weights_path]), tuple(d["sigmas"]),
+                       d["default_level"], schema, preprocessing, threshold, d["provenance"])
+        except KeyError as e:
+            raise DataError(f"{json_path}: entry {e} is missing") from None
+        except DataError as e:
+            raise DataError(f"{path}: {e}") from None
+        except (TypeError, ValueError, SafetensorError) as e:
+            raise DataError(f"{path}: damaged ({e})") from None
+
+    def _description(self) -> dict:
+        p = self.preprocessing
+        columns = zip(self.schema.features, self.schema.units, p.marker, p.impute, p.transform, p.scale, p.mean,
+                      p.inv_std, strict=True)
+        return {
+            "architecture": asdict(self.architecture), "sigmas": [float(s) for s in self.sigmas],
+            "default_level": self.default_level, "schema": self.schema.name,
+            "missing_marker": self.schema.missing_marker,
+            "features": [
+                {"name": name, "unit": unit, "marker": _number(marker), "impute": _number(impute),
+                 "transform": TRANSFORMS[transform], "scale": _number(scale), "mean": _number(mean),
+                 "inv_std": _number(inv_std)}
+                for name, unit, marker, impute, transform, scale, mean, inv_std in columns
+            ],
+        }
+
+
+def _number(value: np.float32) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,118 @@
+"""The backends, whether each can run here, and `load_scorer`, which picks one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from kernels.scorer import Scorer
+
+log = logging.getLogger("fused_ebm")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute. `why_not()` gives None where it can run on this machine, else the reason."""
+
+    name: str
+    device: str
+    dtypes: tuple[str, ...]
+    scorer: str  # "module:Class", imported when it is first asked for
+    about: str
+    why_not: Callable[[], str | None]
+    kinds: tuple[str, ...] = ("energy",)
+
+    def why_not_for(self, kind: str) -> str | None:
+        """The reason why a model of this kind cannot run, or None."""
+        if kind not in self.kinds:
+            return f"it computes {' and '.join(self.kinds)} models, this one is of kind {kind!r}"
+        return self.why_not()
+
+    def load(self) -> type[Scorer]:
+        """The backend's Scorer class."""
+        module, name = self.scorer.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _triton_why_not() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'triton>=3.6,<3.10'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    from kernels.triton_gpu import why_not
+
+    return why_not()
+
+
+def _native_why_not() -> str | None:
+    if find_spec("kernels._native") is None:
+        return "the C++ library was not built: install g++ and cmake, unset FUSED_EBM_NATIVE, run 'make setup'"
+    return None
+
+
+def _numba_why_not() -> str | None:
+    return None if find_spec("numba") else "numba is not installed: pip install numba"
+
+
+def _reference_why_not() -> str | None:
+    return None if find_spec("torch") else "torch is not installed: pip install torch"
+
+
+# In order of preference.
+BACKENDS = {b.name: b for b in (
+    Backend("triton", "cuda", ("fp32",), "kernels.triton_gpu:TritonScorer",
+            "one fused kernel on an NVIDIA GPU (sm_80 and newer)", _triton_why_not),
+    Backend("native", "cpu", ("fp32",), "kernels.native_cpu:NativeScorer",
+            "fused C++ kernels", _native_why_not),
+    Backend("numba", "cpu", ("fp32",), "kernels.numba_cpu:NumbaScorer",
+            "fused kernels compiled at first use, no compiler needed", _numba_why_not),
+    Backend("reference", "cpu", ("fp64", "fp32"), "kernels.reference:ReferenceScorer",
+            "PyTorch in double precision: the truth, not the fast way", _reference_why_not,
+            kinds=("energy", "score", "autoencoder")),
+)}
+
+
+def load_scorer(model, backend: str = "auto", *, preprocess: bool = True, on_nonfinite: str = "raise",
+                **options) -> Scorer:
+    """A Scorer for a model directory (or an `ebm.bundle.Bundle`).
+
+    `backend` is "auto" (the fastest that runs here; the choice is logged and kept in `chosen_because`) or a
+    name from `BACKENDS`; a named backend that cannot run raises RuntimeError with the reason.
+    `preprocess=False` takes events that are preprocessed already. `on_nonfinite="propagate"` gives NaN for a
+    damaged event instead of raising. Other options go to the backend (`threads=` of native and numba,
+    `precision=` of reference).
+    """
+    from ebm.bundle import Bundle
+
+    bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
+    kind = bundle.architecture.kind
+    if backend == "auto":
+        chosen, reason = _choose(kind)
+    elif backend in BACKENDS:
+        chosen, reason = BACKENDS[backend], "named by the caller"
+        if why_not := chosen.why_not_for(kind):
+            raise RuntimeError(f"backend {backend!r} cannot run: {why_not}")
+    else:
+        raise ValueError(f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}")
+    scorer = chosen.load()(bundle, preprocess=preprocess, on_nonfinite=on_nonfinite, **options)
+    scorer.chosen_because = reason
+    if backend == "auto":
+        log.info("%s", scorer)
+    return scorer
+
+
+def _choose(kind: str) -> tuple[Backend, str]:
+    passed_over = []
+    for b in BACKENDS.values():
+        why_not = b.why_not_for(kind)
+        if b.name == "triton" and why_not is None and os.environ.get("TRITON_INTERPRET") == "1":
+            why_not = "it would run in the interpreter (TRITON_INTERPRET=1)"
+        if why_not is None:
+            return b, "; ".join(["the fastest that runs here", *passed_over])
+        passed_over.append(f"not {b.name}: {why_not}")
+    raise RuntimeError("no backend can run: " + "; ".join(passed_over))
