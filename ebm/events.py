@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,9 +49,9 @@ class Schema:
 class Events:
     """Events in memory. `x` (n, D) float32 in the schema's units, NaN where a value is missing.
 
-    `event_id` (n,) strings: run:lumi:event, the file's id, or the row number. `label` (n,) int8, 1 for
-    signal, and `weight` (n,) float64 are for evaluation only and None where the file has none.
-    `process` (n,) strings names the generator's process where it is known.
+    `event_id` (n,) strings: run:lumi:event, the file's id, or, with `has_id` false, the row number.
+    `label` (n,) int8, 1 for signal, and `weight` (n,) float64 are for evaluation only and None where the
+    file has none. `process` (n,) strings names the generator's process where it is known.
     """
 
     schema: Schema
@@ -59,6 +62,7 @@ class Events:
     process: np.ndarray | None = None
     source: str = ""
     digest: str = ""
+    has_id: bool = True
 
     def __len__(self) -> int:
         return len(self.x)
@@ -69,9 +73,61 @@ class Events:
 
         return Events(
             self.schema, self.x[rows], self.event_id[rows], take(self.label), take(self.weight),
-            take(self.process), self.source, self.digest,
+            take(self.process), self.source, self.digest, self.has_id,
         )
 
     def background(self) -> Events:
         """The background events: all of them where there are no labels."""
         return self if self.label is None else self[self.label == 0]
+
+
+class Split(NamedTuple):
+    """Three (n,) boolean masks that share no event; each event is in one of them."""
+
+    train: np.ndarray
+    calibrate: np.ndarray
+    test: np.ndarray
+
+
+def load_events(source: str | Path) -> Events:
+    """Events of `source`: the path of a HiggsML file (.csv, .csv.gz), "toy" or "toy:N".
+
+    "toy" is 200,000 background and 4,000 signal events; "toy:N" has N background events and N // 50
+    signal events. The file "./toy" is a path. Anything that cannot be read raises DataError.
+    """
+    if isinstance(source, str) and (source == "toy" or source.startswith("toy:")):
+        from ebm.toy import toy
+
+        number = source.removeprefix("toy").removeprefix(":") or ("200000" if source == "toy" else "")
+        if not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise DataError(f"{source!r}: expected toy or toy:N with N background events, a positive whole number")
+        return toy(n_background=int(number), n_signal=int(number) // 50, seed=0)
+    path = Path(source)
+    if path.is_dir():
+        raise DataError(f"{path}: expected a file, given a directory")
+    if not path.name.lower().endswith((".csv", ".csv.gz")):
+        kind = f"files {path.suffix!r}" if path.suffix else "files without a suffix"
+        raise DataError(f"{path}: {kind} are not supported, expected .csv or .csv.gz (HiggsML), or toy")
+    from ebm import higgsml
+
+    return higgsml.read(path)
+
+
+def fold(events: Events) -> np.ndarray:
+    """The fold 0..9 of each event, (n,): a hash of its id, or of its float32 row where the file has no ids.
+
+    It depends on nothing else, so that an event is in the same fold in every file and command.
+    """
+    if events.has_id:
+        keys = (str(event_id).encode() for event_id in events.event_id)
+    else:
+        rows = np.where(np.isnan(events.x), np.float32(np.nan), events.x).astype("<f4")  # NaN has many bit patterns
+        keys = (row.tobytes() for row in rows)
+    heads = b"".join(hashlib.blake2b(key).digest()[:8] for key in keys)
+    return (np.frombuffer(heads, "<u8") % 10).astype(np.int64)
+
+
+def split(events: Events) -> Split:
+    """Folds 0-5 train, 6-7 calibrate, 8-9 test."""
+    number = fold(events)
+    return Split(train=number < 6, calibrate=(number >= 6) & (number < 8), test=number >= 8)

@@ -1,0 +1,147 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "pool.h"
+
+namespace fused_ebm {
+namespace {
+
+// Below this many events, going one by one is faster than a tile that is mostly padding (measured).
+constexpr int64_t kSmallBatch = 7;
+
+int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Takes arrays out of one block of memory; with no memory yet, only counts.
+struct Arena {
+  float* at;
+  int64_t used = 0;
+
+  float* take(int64_t floats) {
+    float* p = at ? at + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return p;
+  }
+};
+
+float* padded_copy(Arena& arena, const float* from, int64_t rows, int columns, int padded) {
+  float* to = arena.take(rows * padded);
+  if (to)
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * padded, from + r * columns, sizeof(float) * columns);
+  return to;
+}
+
+// w[o][k] = from[o * row_step + k * column_step], packed as panels of outputs; see kernel.h.
+float* panels(Arena& arena, const float* from, int outputs, int padded_outputs, int depth, int padded_depth,
+              int64_t row_step, int64_t column_step, int panel) {
+  float* to = arena.take(static_cast<int64_t>(padded_outputs) * padded_depth);
+  for (int first = 0; to && first < outputs; first += panel) {
+    const int width = std::min(panel, padded_outputs - first);
+    for (int k = 0; k < depth; ++k)
+      for (int o = first; o < std::min(first + width, outputs); ++o)
+        to[static_cast<int64_t>(first) * padded_depth + k * width + o - first] = from[o * row_step + k * column_step];
+  }
+  return to;
+}
+
+float* blocks(Arena& arena, const float* from, int rows, int columns, const Matrix& m, int lanes) {
+  float* to = arena.take(static_cast<int64_t>(m.rows) * m.columns);
+  if (to)
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c)
+        to[static_cast<int64_t>(r - r % lanes) * m.columns + (c - c % lanes) * lanes + r % lanes * lanes + c % lanes] =
+            from[static_cast<int64_t>(r) * columns + c];
+  return to;
+}
+
+float* scratch(int64_t floats) {
+  thread_local Buffer memory{nullptr, &std::free};
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory = allocate(floats);
+    size = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace
+
+Buffer allocate(int64_t floats) {
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t bytes = sizeof(float) * floats;
+  const size_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
+  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(alignment, rounded);
+  if (!p) throw std::bad_alloc();
+  if (alignment == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);  // a hint: fewer address translations
+  std::memset(p, 0, rounded);
+  return Buffer(static_cast<float*>(p), &std::free);
+}
+
+PackedModel::PackedModel(const Weights& w) : kernels_(fused_ebm::kernels()) {
+  const int features = w.sizes.features, hidden = w.sizes.hidden, layers = w.sizes.layers, levels = w.sizes.levels;
+  const int padded = round_up(hidden, 16), inputs = round_up(features, 16), lanes = kernels_.lanes;
+  model_.sizes = {features, padded, layers, levels};
+
+  const auto pack = [&](Arena arena) {
+    matrices_.clear();
+    for (int i = 0; i <= layers; ++i) {
+      const float* from = i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden;
+      const int columns = i == 0 ? features : hidden;
+      Matrix m{padded, i == 0 ? inputs : padded, nullptr, nullptr, nullptr};
+      m.blocks = blocks(arena, from, hidden, columns, m, lanes);
+      matrices_.push_back(m);
+    }
+    // The arrangements of a kind together: a batch of one touches the blocks alone.
+    for (int i = 0; i <= layers; ++i) {
+      const float* from = i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden;
+      const int columns = i == 0 ? features : hidden, depth = i == 0 ? features : padded;
+      matrices_[i].forward = panels(arena, from, hidden, padded, columns, depth, columns, 1, kernels_.panel);
+      matrices_[i].backward = panels(arena, from, columns, i == 0 ? round_up(features, 4) : padded, hidden, padded, 1,
+                                     columns, kernels_.panel);
+    }
+    model_.b_in = padded_copy(arena, w.b_in, levels, hidden, padded);
+    model_.b = padded_copy(arena, w.b, layers, hidden, padded);
+    model_.w_out = padded_copy(arena, w.w_out, 1, hidden, padded);
+    Preprocessing& p = model_.preprocessing;
+    p.marker = padded_copy(arena, w.marker, 1, features, inputs);
+    p.impute = padded_copy(arena, w.impute, 1, features, inputs);
+    p.scale = padded_copy(arena, w.scale, 1, features, inputs);
+    p.mean = padded_copy(arena, w.mean, 1, features, inputs);
+    p.inv_std = padded_copy(arena, w.inv_std, 1, features, inputs);
+    p.transform = reinterpret_cast<const int32_t*>(
+        padded_copy(arena, reinterpret_cast<const float*>(w.transform), 1, features, inputs));
+    return arena.used;
+  };
+  memory_ = allocate(pack(Arena{nullptr}));
+  pack(Arena{memory_.get()});
+  model_.b_out = w.b_out;
+  model_.matrices = matrices_.data();
+  model_.preprocessing.all_identity = std::all_of(w.transform, w.transform + features, [](int t) { return t == 0; });
+}
+
+void PackedModel::run_tiles(Pass pass, const Events& events, int64_t n, int threads) const {
+  const int64_t tile = kernels_.tile, size = kernels_.scratch_size(model_.sizes);
+  parallel_for((n + tile - 1) / tile, threads, [&](int64_t i) {
+    pass(model_, events, i * tile, std::min(n, (i + 1) * tile), scratch(size));
+  });
+}
+
+void PackedModel::run(const Events& events, int64_t n, int threads, bool deterministic) const {
+  if (n <= kSmallBatch && !deterministic) {
+    float* memory = scratch(kernels_.scratch_size(model_.sizes));
+    for (int64_t i = 0; i < n; ++i) kernels_.single_pass(model_, events, i, memory);
+  } else {
+    run_tiles(kernels_.tile_pass, events, n, threads);
+  }
+}
+
+void PackedModel::run_all_levels(const Events& events, int64_t n, int threads) const {
+  run_tiles(kernels_.all_levels_pass, events, n, threads);
+}
+
+}  // namespace fused_ebm

@@ -1,0 +1,108 @@
+// The Python module kernels._native. Arguments are checked in kernels/native_cpu.py and kernels/scorer.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "model.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace fused_ebm;
+
+namespace {
+
+template <class T, int Rank>
+using Array = nb::ndarray<T, nb::ndim<Rank>, nb::c_contig, nb::device::cpu>;
+
+PackedModel make_model(Array<const float, 2> w_in, Array<const float, 2> b_in, Array<const float, 3> w,
+                       Array<const float, 2> b, Array<const float, 1> w_out, float b_out,
+                       Array<const float, 1> marker, Array<const float, 1> impute,
+                       Array<const int32_t, 1> transform, Array<const float, 1> scale, Array<const float, 1> mean,
+                       Array<const float, 1> inv_std) {
+  const auto size = [](size_t n) { return static_cast<int>(n); };
+  return PackedModel({{size(w_in.shape(1)), size(w_in.shape(0)), size(w.shape(0)), size(b_in.shape(0))},
+                      w_in.data(), b_in.data(), w.data(), b.data(), w_out.data(), b_out,
+                      marker.data(), impute.data(), scale.data(), mean.data(), inv_std.data(), transform.data()});
+}
+
+void run(const PackedModel& model, Array<const float, 2> x, int32_t level, nb::handle levels, Array<float, 1> energy,
+         nb::handle score, int threads, bool deterministic) {
+  Events events{x.data(), nullptr, level, energy.data(), nullptr};
+  if (!levels.is_none()) events.levels = nb::cast<Array<const int32_t, 1>>(levels).data();
+  if (!score.is_none()) events.score = nb::cast<Array<float, 2>>(score).data();
+  const auto n = static_cast<int64_t>(x.shape(0));
+  nb::gil_scoped_release released;
+  model.run(events, n, threads, deterministic);
+}
+
+void run_all_levels(const PackedModel& model, Array<const float, 2> x, Array<float, 2> energies, int threads) {
+  const Events events{x.data(), nullptr, 0, energies.data(), nullptr};
+  const auto n = static_cast<int64_t>(x.shape(0));
+  nb::gil_scoped_release released;
+  model.run_all_levels(events, n, threads);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The best of some short rounds: what the machine can do when it is let alone.
+double fma_gflops(int threads) {
+  const Kernels& k = kernels();
+  std::vector<double> flops(threads);
+  double best = 0;
+  for (int round = 0; round < 8; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(threads, threads, [&](int64_t i) { flops[i] = k.multiply_add(2'000'000); });
+    const double seconds = seconds_since(start);
+    double total = 0;
+    for (const double f : flops) total += f;
+    best = std::max(best, total / seconds / 1e9);
+  }
+  return best;
+}
+
+double read_gbps(int64_t bytes, double seconds) {
+  const Kernels& k = kernels();
+  const int64_t floats = bytes / static_cast<int64_t>(sizeof(float));
+  const Buffer data = allocate(floats);
+  volatile float sink = k.read(data.get(), floats);
+  double best = 0;
+  const auto begin = std::chrono::steady_clock::now();
+  const int repeats = static_cast<int>(std::max<int64_t>(1, 20'000'000 / bytes));
+  while (seconds_since(begin) < seconds) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int r = 0; r < repeats; ++r) sink = k.read(data.get(), floats);
+    best = std::max(best, static_cast<double>(bytes) * repeats / seconds_since(start) / 1e9);
+  }
+  (void)sink;
+  return best;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Fused C++ kernels; use them through kernels.load_scorer.";
+  nb::class_<PackedModel>(m, "Model")
+      .def("__init__",
+           [](PackedModel* self, Array<const float, 2> w_in, Array<const float, 2> b_in, Array<const float, 3> w,
+              Array<const float, 2> b, Array<const float, 1> w_out, float b_out, Array<const float, 1> marker,
+              Array<const float, 1> impute, Array<const int32_t, 1> transform, Array<const float, 1> scale,
+              Array<const float, 1> mean, Array<const float, 1> inv_std) {
+             new (self) PackedModel(make_model(w_in, b_in, w, b, w_out, b_out, marker, impute, transform, scale,
+                                               mean, inv_std));
+           },
+           "w_in"_a, "b_in"_a, "w"_a, "b"_a, "w_out"_a, "b_out"_a, "marker"_a, "impute"_a, "transform"_a, "scale"_a,
+           "mean"_a, "inv_std"_a)
+      .def("run", &run, "x"_a.noconvert(), "level"_a, "levels"_a.none(), "energy"_a.noconvert(), "score"_a.none(),
+           "threads"_a, "deterministic"_a)
+      .def("run_all_levels", &run_all_levels, "x"_a.noconvert(), "energies"_a.noconvert(), "threads"_a)
+      .def_prop_ro("isa", [](const PackedModel& model) { return std::string(model.kernels().name); });
+  m.def("fma_gflops", &fma_gflops, "threads"_a, "Multiply-add rate of this machine, GFLOP/s.");
+  m.def("read_gbps", &read_gbps, "bytes"_a, "seconds"_a, "Rate of reading an array of that size again and again, GB/s.");
+}

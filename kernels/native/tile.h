@@ -1,0 +1,246 @@
+// A tile of events through all layers and back, its activations staying in cache.
+//
+// Arrays of a tile are [feature or unit][event], so that a vector holds one unit of kLanes events and every
+// weight is broadcast. No lane ever meets another: an event gives the same bits wherever it stands in a batch.
+#pragma once
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace {
+
+using fused_ebm::Events;
+using fused_ebm::Matrix;
+using fused_ebm::Model;
+using fused_ebm::Preprocessing;
+
+INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// u and du/dx of raw values x; the parameters are of one feature (broadcast) or of kLanes features.
+struct FeatureVec {
+  Vec marker, impute, scale, mean, inv_std;
+  IntVec transform;
+};
+
+template <bool Identity>
+INLINE Vec preprocess(Vec x, const FeatureVec& f, Vec& slope) {
+  const IntVec missing = (x != x) | (x == f.marker);
+  x = missing ? f.impute : x;
+  Vec t = x;
+  slope = f.inv_std;
+  if constexpr (!Identity) {
+    const IntVec is_log1p = f.transform == 1, is_asinh = f.transform == 2;
+    const Vec size = absolute(x), ratio = size / f.scale;
+    // asinh r = log1p(r + r^2 / (1 + sqrt(1 + r^2))); beyond 1e9, where r^2 may overflow, asinh r = log(2 r).
+    const Vec root = square_root(1.0f + ratio * ratio);
+    const Vec grown = ratio < 1e9f ? ratio + ratio * ratio / (1.0f + root) : 2.0f * ratio;
+    const Vec squashed = copy_sign(log1p(is_asinh ? grown : size), x);
+    t = is_log1p | is_asinh ? squashed : x;
+    const Vec far = ratio < 1e9f ? root : ratio;
+    slope /= is_log1p ? 1.0f + size : is_asinh ? f.scale * far : broadcast(1.0f);
+  }
+  slope = missing ? Vec{} : slope;
+  return (t - f.mean) * f.inv_std;
+}
+
+INLINE FeatureVec feature(const Preprocessing& p, int j) {
+  return {broadcast(p.marker[j]), broadcast(p.impute[j]), broadcast(p.scale[j]), broadcast(p.mean[j]),
+          broadcast(p.inv_std[j]), p.transform[j] - IntVec{}};
+}
+
+// The micro-kernel: Outputs x Vectors sums over `depth` inputs, all in registers.
+template <int Outputs, int Vectors, class Epilogue>
+INLINE void panel(const float* w, const float* in, int depth, int first, const Epilogue& epilogue) {
+  Vec sums[Outputs][Vectors] = {};
+#pragma GCC unroll 2
+  for (int k = 0; k < depth; ++k) {
+    Vec a[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) a[v] = load(in + (k * Vectors + v) * kLanes);
+#pragma GCC unroll 16
+    for (int o = 0; o < Outputs; ++o) {
+      const Vec weight = broadcast(w[k * Outputs + o]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[o][v] = multiply_add(weight, a[v], sums[o][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int o = 0; o < Outputs; ++o)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) epilogue(first + o, v, sums[o][v]);
+}
+
+// out[o] = sum_k w[o][k] in[k] for `rows` outputs (a multiple of 4), each handed to the epilogue.
+template <int Vectors, class Epilogue>
+__attribute__((noinline)) void layer(const float* w, const float* in, int rows, int depth, const Epilogue& epilogue) {
+  int o = 0;
+  for (; o + kPanel <= rows; o += kPanel) panel<kPanel, Vectors>(w + o * depth, in, depth, o, epilogue);
+  if constexpr (kPanel > 8)
+    if (rows - o == 8) return panel<8, Vectors>(w + o * depth, in, depth, o, epilogue);
+  if (rows - o == 4) panel<4, Vectors>(w + o * depth, in, depth, o, epilogue);
+}
+
+// Scratch of one thread, for a tile of kVectors vectors.
+struct TileScratch {
+  float *u, *slope, *bias, *h, *h_next, *q, *q_next, *g, *derivative;
+
+  template <int Vectors>
+  static INLINE TileScratch carve(float* p, const fused_ebm::Sizes& s) {
+    const int64_t width = Vectors * kLanes, input = round_up(s.features, 16) * width, unit = s.hidden * width;
+    const auto take = [&p](int64_t size) { return (p += size) - size; };
+    TileScratch t;
+    t.u = take(input), t.slope = take(input);
+    t.bias = take(unit), t.h = take(unit), t.h_next = take(unit), t.q = take(unit), t.q_next = take(unit);
+    t.g = take(unit), t.derivative = take((s.layers + 1) * unit);
+    return t;
+  }
+
+  static int64_t size(const fused_ebm::Sizes& s) {
+    const int64_t width = kVectors * kLanes;
+    return width * (2 * round_up(s.features, 16) + static_cast<int64_t>(s.hidden) * (6 + s.layers + 1));
+  }
+};
+
+// Read a tile of events, [event][feature] -> [feature][event], and preprocess it.
+template <int Vectors>
+INLINE void read_tile(const Model& m, const float* x, int count, TileScratch& t) {
+  constexpr int kWidth = Vectors * kLanes;
+  const int features = m.sizes.features;
+  for (int j = 0; j < features; ++j) {
+    float* column = t.u + j * kWidth;
+    for (int e = 0; e < count; ++e) column[e] = x[e * static_cast<int64_t>(features) + j];
+    for (int e = count; e < kWidth; ++e) column[e] = 0;
+    const FeatureVec f = feature(m.preprocessing, j);
+    const bool identity = m.preprocessing.transform[j] == 0;
+    for (int v = 0; v < kWidth; v += kLanes) {
+      Vec slope;
+      const Vec value = load(column + v);
+      store(column + v, identity ? preprocess<true>(value, f, slope) : preprocess<false>(value, f, slope));
+      store(t.slope + j * kWidth + v, slope);
+    }
+  }
+}
+
+// silu(z), and silu'(z) where it is kept.
+template <bool Keep>
+INLINE Vec activate(Vec z, float* derivative) {
+  const Vec s = sigmoid(z), a = z * s;
+  if constexpr (Keep) store(derivative, multiply_add(a, 1.0f - s, s));
+  return a;
+}
+
+// The residual layers from h_0 (in t.h), energy of each event out. With Keep, the derivatives are kept and
+// t.q holds w_out * silu'(z_n), where the backward pass begins.
+template <int Vectors, bool Keep>
+INLINE void forward(const Model& m, TileScratch& t, Vec (&energy)[Vectors]) {
+  constexpr int kWidth = Vectors * kLanes;
+  const int hidden = m.sizes.hidden, layers = m.sizes.layers;
+  for (int v = 0; v < Vectors; ++v) energy[v] = broadcast(m.b_out);
+  for (int i = 0; i < layers; ++i) {
+    const float *b = m.b + i * hidden, *h = t.h, *w_out = m.w_out;
+    float *h_next = t.h_next, *q = t.q, *derivative = t.derivative + (i + 1) * hidden * kWidth;
+    if (i + 1 < layers) {
+      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, int v, Vec sum) {
+        const int at = o * kWidth + v * kLanes;
+        store(h_next + at, load(h + at) + activate<Keep>(sum + b[o], derivative + at));
+      });
+    } else {
+      Vec* e = energy;
+      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, int v, Vec sum) {
+        const int at = o * kWidth + v * kLanes;
+        const Vec last = load(h + at) + activate<Keep>(sum + b[o], q + at);
+        e[v] = multiply_add(broadcast(w_out[o]), last, e[v]);
+        if constexpr (Keep) store(q + at, w_out[o] * load(q + at));
+      });
+    }
+    float* swap = t.h;
+    t.h = t.h_next;
+    t.h_next = swap;
+  }
+}
+
+// The analytic backward pass: g_{i-1} = g_i + W_i^T (g_i silu'(z_i)), then dE/du = W_in^T (g_0 silu'(z_0)),
+// which replaces u.
+template <int Vectors>
+INLINE void backward(const Model& m, TileScratch& t) {
+  constexpr int kWidth = Vectors * kLanes;
+  const int hidden = m.sizes.hidden, layers = m.sizes.layers;
+  for (int i = layers; i >= 1; --i) {
+    const bool first = i == layers;  // g_n is w_out itself
+    const float *w_out = m.w_out, *derivative = t.derivative + (i - 1) * hidden * kWidth;
+    float *g = t.g, *q_next = t.q_next;
+    layer<Vectors>(m.matrices[i].backward, t.q, hidden, hidden, [=](int o, int v, Vec sum) {
+      const int at = o * kWidth + v * kLanes;
+      const Vec g_o = (first ? broadcast(w_out[o]) : load(g + at)) + sum;
+      store(g + at, g_o);
+      store(q_next + at, g_o * load(derivative + at));
+    });
+    float* swap = t.q;
+    t.q = t.q_next;
+    t.q_next = swap;
+  }
+  float* u = t.u;
+  layer<Vectors>(m.matrices[0].backward, t.q, round_up(m.sizes.features, 4), hidden,
+                 [=](int j, int v, Vec sum) { store(u + j * kWidth + v * kLanes, sum); });
+}
+
+template <int Vectors, bool Score>
+INLINE void tile(const Model& m, const Events& events, int64_t first, int count, float* scratch) {
+  constexpr int kWidth = Vectors * kLanes;
+  const int features = m.sizes.features, hidden = m.sizes.hidden;
+  TileScratch t = TileScratch::carve<Vectors>(scratch, m.sizes);
+  read_tile<Vectors>(m, events.x + first * features, count, t);
+
+  const float* b_in = m.b_in + static_cast<int64_t>(events.level) * hidden;
+  float *h = t.h, *derivative = t.derivative, *bias = t.bias;
+  if (events.levels == nullptr) {
+    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, int v, Vec sum) {
+      const int at = o * kWidth + v * kLanes;
+      store(h + at, activate<Score>(sum + b_in[o], derivative + at));
+    });
+  } else {
+    for (int e = 0; e < kWidth; ++e) {
+      const float* row = m.b_in + static_cast<int64_t>(events.levels[first + (e < count ? e : 0)]) * hidden;
+      for (int o = 0; o < hidden; ++o) bias[o * kWidth + e] = row[o];
+    }
+    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, int v, Vec sum) {
+      const int at = o * kWidth + v * kLanes;
+      store(h + at, activate<Score>(sum + load(bias + at), derivative + at));
+    });
+  }
+
+  Vec energy[Vectors];
+  forward<Vectors, Score>(m, t, energy);
+  for (int e = 0; e < count; ++e) events.energy[first + e] = energy[e / kLanes][e % kLanes];
+  if constexpr (Score) {
+    backward<Vectors>(m, t);
+    float* out = events.score + first * features;
+    for (int j = 0; j < features; ++j) {
+      float* column = t.u + j * kWidth;
+      for (int v = 0; v < kWidth; v += kLanes) store(column + v, load(column + v) * -load(t.slope + j * kWidth + v));
+      for (int e = 0; e < count; ++e) out[e * static_cast<int64_t>(features) + j] = column[e];
+    }
+  }
+}
+
+template <int Vectors>
+INLINE void tile_all_levels(const Model& m, const Events& events, int64_t first, int count, float* scratch) {
+  constexpr int kWidth = Vectors * kLanes;
+  const int features = m.sizes.features, hidden = m.sizes.hidden, levels = m.sizes.levels;
+  TileScratch t = TileScratch::carve<Vectors>(scratch, m.sizes);
+  read_tile<Vectors>(m, events.x + first * features, count, t);
+  float* projected = t.g;
+  layer<Vectors>(m.matrices[0].forward, t.u, hidden, features,
+                 [=](int o, int v, Vec sum) { store(projected + o * kWidth + v * kLanes, sum); });
+  for (int k = 0; k < levels; ++k) {
+    const float* b_in = m.b_in + static_cast<int64_t>(k) * hidden;
+    for (int o = 0; o < hidden; ++o)
+      for (int v = 0; v < kWidth; v += kLanes)
+        store(t.h + o * kWidth + v, activate<false>(load(projected + o * kWidth + v) + b_in[o], nullptr));
+    Vec energy[Vectors];
+    forward<Vectors, false>(m, t, energy);
+    for (int e = 0; e < count; ++e) events.energy[(first + e) * levels + k] = energy[e / kLanes][e % kLanes];
+  }
+}
+
+}  // namespace

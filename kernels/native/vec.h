@@ -1,0 +1,144 @@
+// One vector of floats, and the functions of it that a network needs.
+//
+// Written with the compiler's vector extensions, so that the same lines serve every instruction set; the one
+// intrinsic is the reciprocal estimate. This header is compiled once per instruction set (see kernel.cpp):
+// everything lives in an unnamed namespace, and nothing of the standard library is used, so that no function
+// built for a newer processor can be linked into code for an older one.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// A tile is kVectors vectors of events. kPanel outputs times kVectors vectors stay in registers while a layer's
+// inputs stream by: 12 x 2 of 32 registers, 4 x 3 or 4 x 2 of 16.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 2, kPanel = 12;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kVectors = 3, kPanel = 4;
+#else
+constexpr int kLanes = 4, kVectors = 2, kPanel = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+INLINE Vec broadcast(float s) { return s - Vec{}; }
+INLINE Vec as_float(IntVec v) { return reinterpret_cast<Vec>(v); }
+INLINE IntVec as_int(Vec v) { return reinterpret_cast<IntVec>(v); }
+
+INLINE Vec absolute(Vec x) { return as_float(as_int(x) & 0x7fffffff); }
+INLINE Vec copy_sign(Vec size, Vec sign) {
+  return as_float((as_int(size) & 0x7fffffff) | (as_int(sign) & static_cast<int32_t>(0x80000000)));
+}
+
+// a * b + c. Products and sums are fused here and nowhere else (-ffp-contract=off): what is fused, and so the bits
+// of an energy, must not depend on which instance of a template an expression stands in.
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// 1 / x for x in [1, 2^127): an estimate and Newton steps, since a division takes as long as 30 products.
+INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  Vec r = _mm512_rcp14_ps(x);
+  return multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
+#elif defined(__AVX2__)
+  Vec r = _mm256_rcp_ps(x);
+  r = multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
+  return multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+INLINE Vec square_root(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// 2^t for |t| <= 126; NaN stays NaN. Adding 1.5 * 2^23 rounds t to the nearest integer and leaves that integer
+// in the low bits, ready to be moved into the exponent. The polynomial is minimax on [-1/2, 1/2]: 2e-9.
+INLINE Vec exp2(Vec t) {
+  const Vec shifted = t + 12582912.0f;
+  const Vec f = t - (shifted - 12582912.0f);
+  constexpr float kCoefficients[] = {1.339993145e-3f, 9.618488961e-3f, 5.550328776e-2f,
+                                     2.402264689e-1f, 6.931472057e-1f, 1.0f};
+  Vec p = broadcast(1.53458115e-4f);
+#pragma GCC unroll 8
+  for (const float c : kCoefficients) p = multiply_add(p, f, broadcast(c));
+  return as_float(as_int(p) + (as_int(shifted) << 23));
+}
+
+// sig(z) = 1 / (1 + exp(-z)). The clamp keeps 2^t finite; comparisons with NaN are false, so NaN passes.
+INLINE Vec sigmoid(Vec z) {
+  Vec t = z * -1.44269504088896341f;
+  t = t > 126.0f ? broadcast(126.0f) : t;
+  t = t < -126.0f ? broadcast(-126.0f) : t;
+  return reciprocal(1.0f + exp2(t));
+}
+
+// log(1 + a) for a >= 0, accurate near 0; Inf and NaN stay what they are.
+INLINE Vec log1p(Vec a) {
+  const Vec y = 1.0f + a;
+  const IntVec bits = as_int(y);
+  const IntVec exponent = (bits - 0x3f2aaaab) >> 23;
+  const Vec m = as_float(bits - (exponent << 23));  // in [2/3, 4/3)
+  const Vec s = (m - 1.0f) / (m + 1.0f), q = s * s;  // log m = 2 artanh s, |s| <= 1/5
+  const Vec series = 2.0f + q * (2.0f / 3 + q * (2.0f / 5 + q * (2.0f / 7 + q * (2.0f / 9))));
+  const Vec lost = (a - (y - 1.0f)) / y;  // what rounding 1 + a dropped
+  const Vec result = __builtin_convertvector(exponent, Vec) * 0.693147180559945309f + (s * series + lost);
+  return a < __builtin_inff() ? result : a;
+}
+
+// The low (Offset 0) or high (Offset Group / 2) halves of each group of lanes, those of a beside those of b.
+template <int Group, int Offset>
+INLINE Vec halves(Vec a, Vec b) {
+  IntVec lanes;
+  for (int i = 0; i < kLanes; ++i) {
+    const int within = i % Group;
+    lanes[i] = i - within + within % (Group / 2) + Offset + (within < Group / 2 ? 0 : kLanes);
+  }
+  return __builtin_shuffle(a, b, lanes);
+}
+
+// Sums kLanes vectors across their lanes at once: lane i of the result is the sum of rows[i]. Each step halves
+// the number of vectors: the halves of each group of lanes are added, rows i and i + Group / 2 side by side.
+template <int Group = kLanes>
+INLINE Vec sum_across(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Group / 2; ++i) {
+    const Vec a = rows[i], b = rows[i + Group / 2];
+    rows[i] = halves<Group, 0>(a, b) + halves<Group, Group / 2>(a, b);
+  }
+  if constexpr (Group > 2) return sum_across<Group / 2>(rows);
+  else return rows[0];
+}
+
+INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace
