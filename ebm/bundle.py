@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import json
@@ -136,9 +137,8 @@ class Bundle:
         """Write the bundle to directory `path`, replacing one that is there; whole or not at all."""
         from safetensors.numpy import save
 
-        path = Path(path)
-        if path.exists() and not (path / "model.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-            raise DataError(f"{path} exists and is no model bundle: it is not overwritten")
+        check_destination(path)
+        path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = save(dict(sorted(self.tensors.items())))
         description = {"format": FORMAT, "format_version": FORMAT_VERSION,
@@ -153,17 +153,14 @@ class Bundle:
                     f.write(content)
                     f.flush()
                     os.fsync(f.fileno())
-            old = None
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.rename(path, old / "bundle")
-            os.rename(new, path)
+                _exchange(new, path)
+            else:
+                os.rename(new, path)
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
-            if old:
-                shutil.rmtree(old)
-        finally:
+        finally:  # after an exchange this is the bundle that was replaced
             shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
@@ -228,6 +225,38 @@ class Bundle:
                 for name, unit, marker, impute, transform, scale, mean, inv_std in columns
             ],
         }
+
+
+def check_destination(path: str | Path) -> None:
+    """DataError where `Bundle.save(path)` would refuse or could not write; call it before long work."""
+    path = Path(path)
+    if path.exists() and not (path / "model.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} exists and is no model bundle: it is not overwritten")
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise DataError(f"{path} cannot be written: {parent}: {e.strerror}") from None
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two directories in one step, so that there is a whole bundle at `path` at any time."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 and renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
+        return
+    # A file system that cannot exchange: two renames, undone where the second fails.
+    old = new.with_name(new.name + ".old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    os.rename(old, new)
 
 
 def _number(value: np.float32) -> float | None:

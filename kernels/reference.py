@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +16,46 @@ from kernels.scorer import Scorer
 
 
 class PreprocessingGraph(nn.Module):
-    """`ebm.preprocess` as torch operations: raw x (n, D) -> u and du/dx, both (n, D)."""
+    """Raw x (n, D) -> u and du/dx, both (n, D)."""
 
     def __init__(self, preprocessing: Preprocessing):
         super().__init__()
-        for name in ("marker", "impute", "scale", "mean", "inv_std"):
-            self.register_buffer(name, torch.from_numpy(getattr(preprocessing, name).copy()))
-        self.register_buffer("log1p", torch.from_numpy(preprocessing.transform == LOG1P))
-        self.register_buffer("asinh", torch.from_numpy(preprocessing.transform == ASINH))
+        for name, array in preprocessing_constants(preprocessing).items():
+            self.register_buffer(name, torch.from_numpy(array.copy()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        missing = torch.isnan(x) | (x == self.marker)
-        x = torch.where(missing, self.impute, x)
-        size, ratio = x.abs(), x / self.scale
-        t = torch.where(self.log1p, x.sign() * size.log1p(), torch.where(self.asinh, ratio.asinh(), x))
-        slope = torch.where(self.asinh, torch.hypot(x, self.scale).reciprocal(), torch.ones_like(x))
-        slope = torch.where(self.log1p, (1 + size).reciprocal(), slope)
-        slope = torch.where(missing, torch.zeros_like(x), slope * self.inv_std)
-        return (t - self.mean) * self.inv_std, slope
+        return preprocess(torch, x, **self._buffers)
+
+
+def preprocessing_constants(p: Preprocessing) -> dict[str, np.ndarray]:
+    """The arrays that `preprocess` takes. A transform that no feature uses is left out, and so is its work."""
+    constants = {name: getattr(p, name) for name in ("marker", "impute", "mean", "inv_std")}
+    if (p.transform == LOG1P).any():
+        constants["log1p"] = p.transform == LOG1P
+    if (p.transform == ASINH).any():
+        constants |= {"asinh": p.transform == ASINH, "scale": p.scale}
+    return constants
+
+
+def preprocess(xp: ModuleType, x: Any, marker: Any, impute: Any, mean: Any, inv_std: Any, log1p: Any = None,
+               asinh: Any = None, scale: Any = None) -> tuple[Any, Any]:
+    """`ebm.preprocess` as plain operations, u and du/dx of x; `xp` is torch or jax.numpy.
+
+    The slope is written out: automatic differentiation of sign(x) log1p(|x|) gives 0 at x = 0, where it is 1.
+    The square root stands for a hypot, which ONNX and OpenVINO do not know.
+    """
+    missing = xp.isnan(x) | (x == marker)
+    x = xp.where(missing, impute, x)
+    t, slope = x, xp.where(missing, xp.zeros_like(x), inv_std)
+    if log1p is not None:
+        size = xp.abs(x)
+        t = xp.where(log1p, xp.sign(x) * xp.log1p(size), t)
+        slope = xp.where(log1p, slope / (1 + size), slope)
+    if asinh is not None:
+        ratio = x / scale
+        t = xp.where(asinh, xp.asinh(ratio), t)
+        slope = xp.where(asinh, slope / (scale * xp.sqrt(1 + ratio * ratio)), slope)
+    return (t - mean) * inv_std, slope
 
 
 class ScoreGraph(nn.Module):
@@ -71,18 +94,15 @@ class ReferenceScorer(Scorer):
             raise ValueError(f"precision is {precision!r}, expected 'fp64' or 'fp32'")
         self.precision = precision
         self.dtype = np.float64 if precision == "fp64" else np.float32
-        graph = ScoreGraph.of(bundle, self.preprocess)
-        self.graph = copy.deepcopy(graph).to(torch.float64 if precision == "fp64" else torch.float32)
+        self.graph = ScoreGraph.of(bundle, self.preprocess).to(getattr(torch, self.dtype.__name__))
 
     def _energy(self, x, k, energy):
         u = torch.from_numpy(x)
         if self.preprocess:
             u, _ = self.graph.preprocessing(u)
-        network = self.graph.network
+        network, k = self.graph.network, _level_tensor(k, len(x))
         # Only an energy network has an energy that is cheaper than energy and score.
-        only_energy = network if self.bundle.architecture.kind == "energy" else None
-        k = _level_tensor(k, len(x))
-        energy[:] = only_energy(u, k) if only_energy else network.energy_and_score(u, k)[0]
+        energy[:] = network(u, k) if network.kind == "energy" else network.energy_and_score(u, k)[0]
 
     def _energy_and_score(self, x, k, energy, score):
         energy[:], score[:] = self.graph(torch.from_numpy(x), _level_tensor(k, len(x)))

@@ -14,14 +14,18 @@ CHECK_EVENTS = 4096
 TOLERANCES = {"fp64": 1e-12, "fp32": 5e-6, "tf32x3": 5e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
 
 
-def relative_rms_energy(energy: np.ndarray, truth: np.ndarray) -> float:
-    """RMS error of the energies (n,) in units of the standard deviation of the true energies."""
-    return _ratio(_rms(energy - truth.astype(np.float64)), float(np.std(truth, dtype=np.float64)))
+def relative_rms_energy(energy: np.ndarray, truth: np.ndarray, spread: float | None = None) -> float:
+    """RMS error of the energies (n,) over the standard deviation of the true ones.
+
+    `spread` is that deviation over the fixed events, where these are too few to have one.
+    """
+    scale = np.std(truth, dtype=np.float64) if spread is None else spread
+    return _ratio(_rms(energy - truth.astype(np.float64)), float(scale))
 
 
-def relative_rms_score(score: np.ndarray, truth: np.ndarray) -> float:
-    """RMS error of the scores (n, D) relative to the RMS of the true scores."""
-    return _ratio(_rms(score - truth.astype(np.float64)), _rms(truth.astype(np.float64)))
+def relative_rms_score(score: np.ndarray, truth: np.ndarray, spread: float | None = None) -> float:
+    """RMS error of the scores (n, D) over the RMS of the true ones; `spread` as above."""
+    return _ratio(_rms(score - truth.astype(np.float64)), _rms(truth.astype(np.float64)) if spread is None else spread)
 
 
 def _rms(a: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import pytest
 from ebm.bundle import Bundle
 from ebm.preprocess import Preprocessing
 from kernels import BACKENDS, Scorer, load_scorer
+from kernels.tolerances import CHECK_EVENTS
 
 MARKER = -999.0
 
@@ -86,7 +87,8 @@ def events(n: int, n_features: int, seed: int = 0) -> np.ndarray:
 
 
 @lru_cache
-def energy_spread(features: int, hidden: int, layers: int) -> float:
-    """Standard deviation of the true energy over a fixed set of 4096 events."""
+def spreads(features: int, hidden: int, layers: int) -> tuple[float, float]:
+    """Standard deviation of the true energy and RMS of the true score over the fixed events."""
     reference = load_scorer(model(features, hidden, layers), "reference")
-    return float(np.std(reference.energy(events(4096, features, seed=1))))
+    energy, score = reference.energy_and_score(events(CHECK_EVENTS, features, seed=1))
+    return float(np.std(energy)), float(np.sqrt(np.mean(score**2)))

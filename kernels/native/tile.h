@@ -48,26 +48,39 @@ INLINE FeatureVec feature(const Preprocessing& p, int j) {
           broadcast(p.inv_std[j]), p.transform[j] - IntVec{}};
 }
 
+// The longest chain of rounding errors: longer sums are made in parts, so that a wide layer is no less accurate.
+constexpr int kChain = 256;
+
 // The micro-kernel: Outputs x Vectors sums over `depth` inputs, all in registers.
 template <int Outputs, int Vectors, class Epilogue>
 INLINE void panel(const float* w, const float* in, int depth, int first, const Epilogue& epilogue) {
-  Vec sums[Outputs][Vectors] = {};
+  Vec sums[Outputs][Vectors] = {}, parts[Outputs][Vectors];
+  for (int begin = 0; begin < depth; begin += kChain) {
+    if (begin > 0)
+      for (int o = 0; o < Outputs; ++o)
+        for (int v = 0; v < Vectors; ++v) {
+          parts[o][v] = begin == kChain ? sums[o][v] : parts[o][v] + sums[o][v];
+          sums[o][v] = Vec{};
+        }
+    const int end = depth - begin < kChain ? depth : begin + kChain;
 #pragma GCC unroll 2
-  for (int k = 0; k < depth; ++k) {
-    Vec a[Vectors];
+    for (int k = begin; k < end; ++k) {
+      Vec a[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) a[v] = load(in + (k * Vectors + v) * kLanes);
+      for (int v = 0; v < Vectors; ++v) a[v] = load(in + (k * Vectors + v) * kLanes);
 #pragma GCC unroll 16
-    for (int o = 0; o < Outputs; ++o) {
-      const Vec weight = broadcast(w[k * Outputs + o]);
+      for (int o = 0; o < Outputs; ++o) {
+        const Vec weight = broadcast(w[k * Outputs + o]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sums[o][v] = multiply_add(weight, a[v], sums[o][v]);
+        for (int v = 0; v < Vectors; ++v) sums[o][v] = multiply_add(weight, a[v], sums[o][v]);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int o = 0; o < Outputs; ++o)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) epilogue(first + o, v, sums[o][v]);
+    for (int v = 0; v < Vectors; ++v)
+      epilogue(first + o, v, depth > kChain ? parts[o][v] + sums[o][v] : sums[o][v]);
 }
 
 // out[o] = sum_k w[o][k] in[k] for `rows` outputs (a multiple of 4), each handed to the epilogue.
@@ -135,6 +148,7 @@ template <int Vectors, bool Keep>
 INLINE void forward(const Model& m, TileScratch& t, Vec (&energy)[Vectors]) {
   constexpr int kWidth = Vectors * kLanes;
   const int hidden = m.sizes.hidden, layers = m.sizes.layers;
+  Vec lost[Vectors] = {};  // Kahan: what rounding the energy has dropped so far
   for (int v = 0; v < Vectors; ++v) energy[v] = broadcast(m.b_out);
   for (int i = 0; i < layers; ++i) {
     const float *b = m.b + i * hidden, *h = t.h, *w_out = m.w_out;
@@ -145,11 +159,13 @@ INLINE void forward(const Model& m, TileScratch& t, Vec (&energy)[Vectors]) {
         store(h_next + at, load(h + at) + activate<Keep>(sum + b[o], derivative + at));
       });
     } else {
-      Vec* e = energy;
+      Vec *e = energy, *c = lost;
       layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, int v, Vec sum) {
         const int at = o * kWidth + v * kLanes;
         const Vec last = load(h + at) + activate<Keep>(sum + b[o], q + at);
-        e[v] = multiply_add(broadcast(w_out[o]), last, e[v]);
+        const Vec term = w_out[o] * last - c[v], grown = e[v] + term;
+        c[v] = (grown - e[v]) - term;
+        e[v] = grown;
         if constexpr (Keep) store(q + at, w_out[o] * load(q + at));
       });
     }

@@ -1,0 +1,114 @@
+"""Preprocessing: what is fitted, what is missing, and the derivative that the score needs."""
+
+import numpy as np
+import pytest
+
+from ebm.events import DataError, Schema
+from ebm.preprocess import ASINH, IDENTITY, LOG1P, Preprocessing
+
+SCHEMA = Schema("test", ("angle", "pt", "px", "count"), ("rad", "GeV", "GeV", ""), missing_marker=-999.0)
+
+
+def background(n=4000, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = rng.uniform(-3, 3, n), rng.exponential(50, n) ** 1.5, rng.standard_t(2, n) * 30, rng.integers(0, 5, n)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def test_transforms_follow_the_shape():
+    p = Preprocessing.fit(background(), SCHEMA)
+    assert p.transform.tolist() == [IDENTITY, LOG1P, ASINH, IDENTITY]
+    assert p.scale[2] == pytest.approx(np.median(np.abs(background()[:, 2])), rel=1e-6)
+    u = p(background().astype(np.float64))
+    np.testing.assert_allclose(u.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(u.std(0), 1, atol=1e-4)
+
+
+def test_values_are_float32_and_the_reference_uses_them():
+    p = Preprocessing.fit(background(), SCHEMA)
+    for name in ("marker", "impute", "scale", "mean", "inv_std"):
+        assert getattr(p, name).dtype == np.float32
+    x = background(100, 1)
+    by_hand = (x[:, 0].astype(np.float64) - np.float64(p.mean[0])) * np.float64(p.inv_std[0])
+    assert np.array_equal(p(x.astype(np.float64))[:, 0], by_hand)
+    assert p(x).dtype == np.float32
+
+
+def test_missing_values_become_the_median():
+    x = background()
+    x[::3, 1] = -999.0
+    x[1::3, 2] = np.nan
+    p = Preprocessing.fit(x, SCHEMA)
+    assert p.impute[1] == np.float32(np.median(x[x[:, 1] != -999, 1]))
+    assert np.isnan(p.impute[[0, 3]]).all()  # never missing in training: not allowed later either
+    missing = p.missing(x)
+    assert missing.sum(0).tolist() == [0, len(x[::3]), len(x[1::3]), 0]
+    u = p(x)
+    assert np.isfinite(u).all()
+    assert len(np.unique(u[::3, 1])) == 1
+    assert (p.derivative(x)[missing] == 0).all()
+    assert (p.derivative(x)[~missing] > 0).all()
+    broken = x[:1].copy()
+    broken[0, 0] = np.nan
+    assert np.isnan(p(broken)[0, 0])
+
+
+def test_optional_features_may_be_missing_later():
+    schema = Schema("test", SCHEMA.features, SCHEMA.units, optional=(False, True, False, False))
+    p = Preprocessing.fit(background(), schema)
+    assert np.isfinite(p.impute).tolist() == [False, True, False, False]
+
+
+def test_every_finite_value_stays_finite():
+    p = Preprocessing.fit(background(), SCHEMA)
+    x = np.array([[3.0, 3e38, -3e38, 4], [-3.0, -3e38, 3e38, 0], [0, 0, 0, 0]], np.float32)
+    assert np.isfinite(p(x)[:, 1:3]).all()
+
+
+def test_derivative_against_finite_differences():
+    p = Preprocessing.fit(background(), SCHEMA)
+    x = background(200, 2).astype(np.float64) + 0.01
+    step = 1e-5 * np.maximum(1, np.abs(x))
+    numeric = np.stack([(p(x + step * e) - p(x - step * e))[:, j] / (2 * step[:, j])
+                        for j, e in enumerate(np.eye(4))], axis=1)
+    np.testing.assert_allclose(p.derivative(x), numeric, rtol=1e-6, atol=1e-9)
+
+
+def test_large_mean_keeps_its_digits():
+    """mean / std = 1e4: subtracting the mean first loses nothing that the input has."""
+    rng = np.random.default_rng(0)
+    x = (1e5 + 10 * rng.normal(size=(5000, 1))).astype(np.float32)
+    p = Preprocessing.fit(x, Schema("test", ("m",), ("GeV",)))
+    exact = (x.astype(np.float64) - p.mean.astype(np.float64)) * p.inv_std.astype(np.float64)
+    np.testing.assert_allclose(p(x), exact, rtol=1e-6, atol=1e-6)
+    assert exact.std() == pytest.approx(1, rel=1e-3)
+    assert abs(exact.mean()) < 1e-3
+
+
+def test_constant_column_keeps_its_place():
+    x = background()
+    x[:, 3] = 7
+    with pytest.warns(UserWarning, match="count"):
+        p = Preprocessing.fit(x, SCHEMA)
+    assert p.n_features == 4
+    other = background(10, 3)
+    assert (p(other)[:, 3] == 0).all()
+    assert (p.derivative(other)[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, -999.0])
+def test_column_without_a_value(value):
+    x = background()
+    x[:, 2] = value
+    with pytest.raises(DataError, match=r"'px' is missing in all 4000"):
+        Preprocessing.fit(x, SCHEMA)
+
+
+def test_bad_background():
+    x = background()
+    x[5, 1] = np.inf
+    with pytest.raises(DataError, match=r"'pt' is infinite in 1 "):
+        Preprocessing.fit(x, SCHEMA)
+    for shape in ((0, 4), (10, 3), (10,)):
+        with pytest.raises(DataError, match=r"\(n, 4\)"):
+            Preprocessing.fit(np.zeros(shape, np.float32), SCHEMA)
