@@ -6,30 +6,32 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench test test-full lint setup demo clean
+.PHONY: bench test test-full lint setup demo clean help
 
-bench: setup
+bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
 
-test: setup
+test: setup  ## a slice of every promise
 	$(RUN) -m pytest -m "not full"
 
-test-full: setup
+test-full: setup  ## the full matrices
 	$(RUN) -m pytest
 
-lint: setup
+lint: setup  ## ruff
 	$(RUN) -m ruff check .
 
-setup: $(READY)
+setup: $(READY)  ## .venv with all extras
 
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,test]"
 	touch $@
 
-# The committed demo model: toy events, seed 0 (about 3 minutes).
-demo: setup
+demo: setup  ## train the committed demo model again (toy events, seed 0: half a minute)
 	$(RUN) -m ebm train toy --out models/demo
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist *.egg-info kernels/_native*.so
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12

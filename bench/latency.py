@@ -138,7 +138,8 @@ def load(model: Path | None, data: str) -> tuple[Bundle, np.ndarray, dict]:
                         f"{events.schema.n_features} ({events.schema.name}){hint}")
     a = bundle.architecture
     sizes = f"{a.input_dim}/{a.hidden_dim}/{a.n_layers}"
-    about = {"source": f"{model} ({sizes})" if model else f"random weights ({sizes}), there is no {DEMO.name} model",
+    name = model.relative_to(ROOT) if model and model.is_relative_to(ROOT) else model
+    about = {"source": f"{name} ({sizes})" if model else f"random weights ({sizes}), there is no {DEMO.name} model",
              "digest": bundle.digest, "kind": a.kind, "input_dim": a.input_dim, "hidden_dim": a.hidden_dim,
              "n_layers": a.n_layers, "n_sigmas": a.n_sigmas, "level": bundle.default_level,
              "events": f"{data} ({len(events)})"}

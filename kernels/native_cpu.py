@@ -30,14 +30,14 @@ class NativeScorer(Scorer):
         self.isa = self._model.isa
 
     def _energy(self, x, k, energy):
-        self._energy_and_score(x, k, energy, None)
+        return self._energy_and_score(x, k, energy, None)
 
     def _energy_and_score(self, x, k, energy, score):
         level, levels = (k, None) if isinstance(k, int) else (0, k)
-        self._model.run(x, level, levels, energy, score, self.threads, self.deterministic)
+        return self._model.run(x, level, levels, energy, score, self.threads, self.deterministic)
 
     def _energies(self, x, energies):
-        self._model.run_all_levels(x, energies, self.threads)
+        return self._model.run_all_levels(x, energies, self.threads)
 
 
 def check_threads(threads: int | None) -> int:

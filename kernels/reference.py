@@ -89,11 +89,11 @@ class ReferenceScorer(Scorer):
     name = "reference"
 
     def __init__(self, bundle: Bundle, *, precision: str = "fp64", **options):
-        super().__init__(bundle, **options)
         if precision not in ("fp64", "fp32"):
             raise ValueError(f"precision is {precision!r}, expected 'fp64' or 'fp32'")
         self.precision = precision
         self.dtype = np.float64 if precision == "fp64" else np.float32
+        super().__init__(bundle, **options)
         self.graph = ScoreGraph.of(bundle, self.preprocess).to(getattr(torch, self.dtype.__name__))
 
     def _energy(self, x, k, energy):

@@ -30,7 +30,14 @@ PackedModel make_model(Array<const float, 2> w_in, Array<const float, 2> b_in, A
                       marker.data(), impute.data(), scale.data(), mean.data(), inv_std.data(), transform.data()});
 }
 
-void run(const PackedModel& model, Array<const float, 2> x, int32_t level, nb::handle levels, Array<float, 1> energy,
+// Whether all are; x - x is 0 for a finite x and NaN for any other.
+bool all_finite(const float* x, int64_t size) {
+  float zero = 0;
+  for (int64_t i = 0; i < size; ++i) zero += x[i] - x[i];
+  return zero == 0;
+}
+
+bool run(const PackedModel& model, Array<const float, 2> x, int32_t level, nb::handle levels, Array<float, 1> energy,
          nb::handle score, int threads, bool deterministic) {
   Events events{x.data(), nullptr, level, energy.data(), nullptr};
   if (!levels.is_none()) events.levels = nb::cast<Array<const int32_t, 1>>(levels).data();
@@ -38,13 +45,15 @@ void run(const PackedModel& model, Array<const float, 2> x, int32_t level, nb::h
   const auto n = static_cast<int64_t>(x.shape(0));
   nb::gil_scoped_release released;
   model.run(events, n, threads, deterministic);
+  return all_finite(events.energy, n);
 }
 
-void run_all_levels(const PackedModel& model, Array<const float, 2> x, Array<float, 2> energies, int threads) {
+bool run_all_levels(const PackedModel& model, Array<const float, 2> x, Array<float, 2> energies, int threads) {
   const Events events{x.data(), nullptr, 0, energies.data(), nullptr};
   const auto n = static_cast<int64_t>(x.shape(0));
   nb::gil_scoped_release released;
   model.run_all_levels(events, n, threads);
+  return all_finite(events.energy, n * model.sizes().levels);
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -58,7 +67,7 @@ double fma_gflops(int threads) {
   double best = 0;
   for (int round = 0; round < 8; ++round) {
     const auto start = std::chrono::steady_clock::now();
-    parallel_for(threads, threads, [&](int64_t i) { flops[i] = k.multiply_add(2'000'000); });
+    parallel_for(threads, threads, [&](int64_t i) { flops[i] = k.multiply_add(10'000'000); });
     const double seconds = seconds_since(start);
     double total = 0;
     for (const double f : flops) total += f;
