@@ -109,7 +109,7 @@ def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[
         batches, counts, pace = batches or [1, 64], counts or [1], {"seconds": 1.0, "limit_s": 45.0}
     elif full:
         batches, counts = batches or [1, 8, 64, 512, 4096, 65536], counts or [1, cores]
-        pace = {"seconds": 4.0, "limit_s": 1600.0, "tasks": TASKS,
+        pace = {"seconds": 2.0, "limit_s": 1500.0, "tasks": TASKS,
                 "extra_peers": _SLOW_PEERS}
     else:
         batches, counts, pace = batches or [1, 64, 4096], counts or [1, cores], {"seconds": 1.5, "limit_s": 200.0}
