@@ -57,7 +57,7 @@ class Scorer:
         energy = self._result(out, (len(events),), "out")
         if len(events) and not self._energy(events, k, energy):
             self._check_finite(events, energy)
-        return _as(energy, like, out)
+        return energy if like is None else _as(energy, like, out)
 
     def energy_and_score(self, x: Array, k: Array = None, *, out: tuple = (None, None)) -> tuple[Array, Array]:
         """Energy (n,) and score -dE/dx (n, D), which points towards more normal events."""
@@ -66,7 +66,7 @@ class Scorer:
         score = self._result(out[1], events.shape, "out[1]")
         if len(events) and not self._energy_and_score(events, k, energy, score):
             self._check_finite(events, energy)
-        return _as(energy, like, out[0]), _as(score, like, out[1])
+        return (energy, score) if like is None else (_as(energy, like, out[0]), _as(score, like, out[1]))
 
     def energies(self, x: Array, *, out: Array = None) -> Array:
         """Energy (n, L) at every noise level. Levels carry free constants: standardise before comparing."""
@@ -74,7 +74,7 @@ class Scorer:
         energies = self._result(out, (len(events), self.n_levels), "out")
         if len(events) and not self._energies(events, energies):
             self._check_finite(events, energies)
-        return _as(energies, like, out)
+        return energies if like is None else _as(energies, like, out)
 
     def attribution(self, x: Array, k: Array = None) -> Array:
         """dE/du (n, D): change of energy per unit of background spread of each feature.
@@ -88,7 +88,7 @@ class Scorer:
         slope = self.bundle.preprocessing.derivative(events)
         known = slope != 0
         dE_du = np.where(known, -_to_numpy(score, np.float64) / np.where(known, slope, 1), 0.0)
-        return _as(dE_du.astype(self.dtype), x if _is_torch(x) else None, None)
+        return _as(dE_du.astype(self.dtype), x, None) if _is_torch(x) else dE_du.astype(self.dtype)
 
     def flag(self, x: Array) -> Array:
         """(n,) bool: energy at the default level above the calibrated threshold, strictly."""
@@ -97,8 +97,9 @@ class Scorer:
         return self.energy(x) > self.threshold
 
     def _prepare(self, x: Array, k: Array) -> tuple[np.ndarray, int | np.ndarray, Array]:
-        like = x if _is_torch(x) else None
+        like = None
         if type(x) is not np.ndarray or x.dtype is not self._dtype or not x.flags.c_contiguous:
+            like = x if _is_torch(x) else None
             x = _to_numpy(x, self.dtype)
         if x.ndim != 2 or x.shape[1] != self.n_features:
             raise ValueError(f"expected events of shape (n, {self.n_features}), given {x.shape}")
@@ -120,8 +121,8 @@ class Scorer:
     def _result(self, out: Array, shape: tuple[int, ...], name: str) -> np.ndarray:
         if out is None:
             return np.empty(shape, self.dtype)
-        a = out.numpy() if _is_torch(out) else out
-        if not isinstance(a, np.ndarray) or a.shape != shape or a.dtype != self.dtype or not a.flags.carray:
+        a = out if type(out) is np.ndarray or not _is_torch(out) else out.numpy()
+        if not isinstance(a, np.ndarray) or a.shape != shape or a.dtype is not self._dtype or not a.flags.carray:
             given = f"{a.dtype}{list(a.shape)}" if isinstance(a, np.ndarray) else type(a).__name__
             raise ValueError(f"{name} must be a writable, C-contiguous {np.dtype(self.dtype)}{list(shape)}, "
                              f"given {given}")
@@ -180,10 +181,9 @@ def _to_numpy(x: Array, dtype: type[np.floating]) -> np.ndarray:
 
 
 def _as(result: np.ndarray, like: Array, out: Array) -> Array:
+    """A tensor on the device of `like`, or `out`, which the result was written into."""
     if out is not None:
         return out
-    if like is None:
-        return result
     import torch
 
     return torch.from_numpy(result).to(like.device)

@@ -1,6 +1,6 @@
 // The kernels of one instruction set. CMake compiles this file once for each, with FUSED_EBM_TABLE and
 // FUSED_EBM_NAME set and the compiler told which instructions to use.
-#include "single.h"
+#include "few.h"
 #include "tile.h"
 
 namespace {
@@ -23,8 +23,16 @@ void all_levels_pass(const Model& m, const Events& events, int64_t first, int64_
                  : tile_all_levels<1>(m, events, first, count, scratch);
 }
 
-void single_pass(const Model& m, const Events& events, int64_t event, float* scratch) {
-  events.score ? single<true>(m, events, event, scratch) : single<false>(m, events, event, scratch);
+template <bool Score>
+void few_events(const Model& m, const Events& events, int64_t n, float* scratch) {
+  int64_t i = 0;
+  for (; i + kFew <= n; i += kFew) few<kFew, Score>(m, events, i, scratch);
+  for (; i + 2 <= n; i += 2) few<2, Score>(m, events, i, scratch);
+  if (i < n) few<1, Score>(m, events, i, scratch);
+}
+
+void few_pass(const Model& m, const Events& events, int64_t n, float* scratch) {
+  events.score ? few_events<true>(m, events, n, scratch) : few_events<false>(m, events, n, scratch);
 }
 
 // Multiply-adds in registers alone, in chains enough to hide the latency of one on two ports.
@@ -56,5 +64,5 @@ float read(const float* data, int64_t size) {
 namespace fused_ebm {
 extern const Kernels FUSED_EBM_TABLE;
 const Kernels FUSED_EBM_TABLE = {FUSED_EBM_NAME, kLanes,      kVectors * kLanes, kPanel, scratch_size, tile_pass,
-                                 all_levels_pass, single_pass, multiply_add_loop,     read};
+                                 all_levels_pass, few_pass, multiply_add_loop,     read};
 }  // namespace fused_ebm

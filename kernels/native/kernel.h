@@ -6,20 +6,23 @@
 
 namespace fused_ebm {
 
-// Sizes as the kernels see them: `features` as given, `hidden` padded to a multiple of 16 by zero weights.
+// Widths are padded with zeros to a multiple of this, the widest vector.
+constexpr int kPadding = 16;
+
+// Sizes as the kernels see them: `features` as given, `hidden` padded to a multiple of kPadding by zero weights.
 struct Sizes {
   int features, hidden, layers, levels;
 };
 
-// Per-feature preprocessing, arrays of `features` padded by zeros to a multiple of 16 (see ebm/preprocess.py).
+// Per-feature preprocessing, arrays of `features` padded by zeros to a multiple of kPadding (see ebm/preprocess.py).
 struct Preprocessing {
   const float *marker, *impute, *scale, *mean, *inv_std;
   const int32_t* transform;  // 0 identity, 1 log1p, 2 asinh
   bool all_identity;
 };
 
-// Three arrangements of the same weights. `rows` (one event at a time) has blocks of kLanes x kLanes and serves
-// both directions; `forward` and `backward` (tiles of events) have panels of kPanel outputs, input by input.
+// Three arrangements of the same weights. `blocks` (few events), of kLanes x kLanes, serves both
+// directions; `forward` and `backward` (tiles of events) have panels of kPanel outputs, input by input.
 struct Matrix {
   int rows, columns;  // padded
   const float *blocks, *forward, *backward;
@@ -55,8 +58,8 @@ struct Kernels {
   void (*tile_pass)(const Model&, const Events&, int64_t first, int64_t last, float* scratch);
   // The same for every noise level, W_in u computed once; `energy` is (n, levels).
   void (*all_levels_pass)(const Model&, const Events&, int64_t first, int64_t last, float* scratch);
-  // One event, at the least latency.
-  void (*single_pass)(const Model&, const Events&, int64_t event, float* scratch);
+  // The first n events, a few at a time, at the least latency.
+  void (*few_pass)(const Model&, const Events&, int64_t n, float* scratch);
 
   // For measuring the machine: 2 * multiply-adds done, and the sum of an array of floats.
   double (*multiply_add)(int64_t iterations);

@@ -11,8 +11,8 @@
 namespace fused_ebm {
 namespace {
 
-// Below this many events, going one by one is faster than a tile that is mostly padding (measured).
-constexpr int64_t kSmallBatch = 7;
+// Up to so many events, going a few at a time is faster than a tile that is mostly padding (measured).
+constexpr int64_t kSmallBatch = 14;
 
 int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -84,24 +84,23 @@ Buffer allocate(int64_t floats) {
 
 PackedModel::PackedModel(const Weights& w) : kernels_(fused_ebm::kernels()) {
   const int features = w.sizes.features, hidden = w.sizes.hidden, layers = w.sizes.layers, levels = w.sizes.levels;
-  const int padded = round_up(hidden, 16), inputs = round_up(features, 16), lanes = kernels_.lanes;
+  const int padded = round_up(hidden, kPadding), inputs = round_up(features, kPadding), lanes = kernels_.lanes;
   model_.sizes = {features, padded, layers, levels};
+  // W_in, W_1, ...
+  const auto from = [&](int i) { return i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden; };
 
   const auto pack = [&](Arena arena) {
     matrices_.clear();
     for (int i = 0; i <= layers; ++i) {
-      const float* from = i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden;
-      const int columns = i == 0 ? features : hidden;
       Matrix m{padded, i == 0 ? inputs : padded, nullptr, nullptr, nullptr};
-      m.blocks = blocks(arena, from, hidden, columns, m, lanes);
+      m.blocks = blocks(arena, from(i), hidden, i == 0 ? features : hidden, m, lanes);
       matrices_.push_back(m);
     }
     // The arrangements of a kind together: a batch of one touches the blocks alone.
     for (int i = 0; i <= layers; ++i) {
-      const float* from = i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden;
       const int columns = i == 0 ? features : hidden, depth = i == 0 ? features : padded;
-      matrices_[i].forward = panels(arena, from, hidden, padded, columns, depth, columns, 1, kernels_.panel);
-      matrices_[i].backward = panels(arena, from, columns, i == 0 ? round_up(features, 4) : padded, hidden, padded, 1,
+      matrices_[i].forward = panels(arena, from(i), hidden, padded, columns, depth, columns, 1, kernels_.panel);
+      matrices_[i].backward = panels(arena, from(i), columns, i == 0 ? round_up(features, 4) : padded, hidden, padded, 1,
                                      columns, kernels_.panel);
     }
     model_.b_in = padded_copy(arena, w.b_in, levels, hidden, padded);
@@ -125,7 +124,10 @@ PackedModel::PackedModel(const Weights& w) : kernels_(fused_ebm::kernels()) {
 }
 
 void PackedModel::run_tiles(Pass pass, const Events& events, int64_t n, int threads) const {
-  const int64_t tile = kernels_.tile, size = kernels_.scratch_size(model_.sizes);
+  // Smaller tiles where there are not enough events to give every thread a full one.
+  const int share = static_cast<int>(std::min<int64_t>(kernels_.tile, (n + threads - 1) / threads));
+  const int64_t tile = std::min(kernels_.tile, round_up(share, kernels_.lanes));
+  const int64_t size = kernels_.scratch_size(model_.sizes);
   parallel_for((n + tile - 1) / tile, threads, [&](int64_t i) {
     pass(model_, events, i * tile, std::min(n, (i + 1) * tile), scratch(size));
   });
@@ -133,8 +135,7 @@ void PackedModel::run_tiles(Pass pass, const Events& events, int64_t n, int thre
 
 void PackedModel::run(const Events& events, int64_t n, int threads, bool deterministic) const {
   if (n <= kSmallBatch && !deterministic) {
-    float* memory = scratch(kernels_.scratch_size(model_.sizes));
-    for (int64_t i = 0; i < n; ++i) kernels_.single_pass(model_, events, i, memory);
+    kernels_.few_pass(model_, events, n, scratch(kernels_.scratch_size(model_.sizes)));
   } else {
     run_tiles(kernels_.tile_pass, events, n, threads);
   }

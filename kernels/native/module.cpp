@@ -2,8 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -19,15 +21,8 @@ namespace {
 template <class T, int Rank>
 using Array = nb::ndarray<T, nb::ndim<Rank>, nb::c_contig, nb::device::cpu>;
 
-PackedModel make_model(Array<const float, 2> w_in, Array<const float, 2> b_in, Array<const float, 3> w,
-                       Array<const float, 2> b, Array<const float, 1> w_out, float b_out,
-                       Array<const float, 1> marker, Array<const float, 1> impute,
-                       Array<const int32_t, 1> transform, Array<const float, 1> scale, Array<const float, 1> mean,
-                       Array<const float, 1> inv_std) {
-  const auto size = [](size_t n) { return static_cast<int>(n); };
-  return PackedModel({{size(w_in.shape(1)), size(w_in.shape(0)), size(w.shape(0)), size(b_in.shape(0))},
-                      w_in.data(), b_in.data(), w.data(), b.data(), w_out.data(), b_out,
-                      marker.data(), impute.data(), scale.data(), mean.data(), inv_std.data(), transform.data()});
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // Whether all are; x - x is 0 for a finite x and NaN for any other.
@@ -37,15 +32,57 @@ bool all_finite(const float* x, int64_t size) {
   return zero == 0;
 }
 
-bool run(const PackedModel& model, Array<const float, 2> x, int32_t level, nb::handle levels, Array<float, 1> energy,
-         nb::handle score, int threads, bool deterministic) {
-  Events events{x.data(), nullptr, level, energy.data(), nullptr};
-  if (!levels.is_none()) events.levels = nb::cast<Array<const int32_t, 1>>(levels).data();
-  if (!score.is_none()) events.score = nb::cast<Array<float, 2>>(score).data();
-  const auto n = static_cast<int64_t>(x.shape(0));
+// The memory of a C-contiguous array, by Python's buffer protocol: a fifth of the time of an ndarray conversion.
+class Buffered {
+ public:
+  Buffered(nb::handle array, bool writable) {
+    if (PyObject_GetBuffer(array.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) nb::raise_python_error();
+  }
+  ~Buffered() { PyBuffer_Release(&view_); }
+  Buffered(const Buffered&) = delete;
+  Buffered& operator=(const Buffered&) = delete;
+
+  // As an array of `size` numbers; dtype and shape are Python's to check, the size is not taken on trust.
+  template <class T>
+  T* data(int64_t size) const {
+    if (view_.len != size * static_cast<int64_t>(sizeof(T))) throw nb::value_error("an array has another size");
+    return static_cast<T*>(view_.buf);
+  }
+  int64_t rows(int64_t width) const { return view_.len / static_cast<int64_t>(sizeof(float)) / width; }
+
+ private:
+  Py_buffer view_{};
+};
+
+// x (n, D), levels int32 (n) or None, energy (n), score (n, D) or None.
+bool run(const PackedModel& model, nb::handle x, int32_t level, nb::handle levels, nb::handle energy, nb::handle score,
+         int threads, bool deterministic) {
+  const int64_t width = model.sizes().features;
+  const Buffered in(x, false), out(energy, true);
+  const int64_t n = in.rows(width);
+  Events events{in.data<float>(n * width), nullptr, level, out.data<float>(n), nullptr};
+  std::optional<Buffered> level_buffer, score_buffer;
+  if (!levels.is_none()) events.levels = level_buffer.emplace(levels, false).data<int32_t>(n);
+  if (!score.is_none()) events.score = score_buffer.emplace(score, true).data<float>(n * width);
   nb::gil_scoped_release released;
   model.run(events, n, threads, deterministic);
   return all_finite(events.energy, n);
+}
+
+// Seconds of each of `repeats` calls on the same events, without Python.
+std::vector<double> time_calls(const PackedModel& model, Array<const float, 2> x, int32_t level, bool score,
+                               int repeats, int threads) {
+  const auto n = static_cast<int64_t>(x.shape(0));
+  std::vector<float> energy(n), scores(score ? n * x.shape(1) : 0);
+  const Events events{x.data(), nullptr, level, energy.data(), score ? scores.data() : nullptr};
+  std::vector<double> seconds(repeats);
+  nb::gil_scoped_release released;
+  for (double& s : seconds) {
+    const auto start = std::chrono::steady_clock::now();
+    model.run(events, n, threads, false);
+    s = seconds_since(start);
+  }
+  return seconds;
 }
 
 bool run_all_levels(const PackedModel& model, Array<const float, 2> x, Array<float, 2> energies, int threads) {
@@ -54,10 +91,6 @@ bool run_all_levels(const PackedModel& model, Array<const float, 2> x, Array<flo
   nb::gil_scoped_release released;
   model.run_all_levels(events, n, threads);
   return all_finite(events.energy, n * model.sizes().levels);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // The best of some short rounds: what the machine can do when it is let alone.
@@ -103,14 +136,19 @@ NB_MODULE(_native, m) {
               Array<const float, 2> b, Array<const float, 1> w_out, float b_out, Array<const float, 1> marker,
               Array<const float, 1> impute, Array<const int32_t, 1> transform, Array<const float, 1> scale,
               Array<const float, 1> mean, Array<const float, 1> inv_std) {
-             new (self) PackedModel(make_model(w_in, b_in, w, b, w_out, b_out, marker, impute, transform, scale,
-                                               mean, inv_std));
+             const auto size = [](size_t n) { return static_cast<int>(n); };
+             const Sizes sizes{size(w_in.shape(1)), size(w_in.shape(0)), size(w.shape(0)), size(b_in.shape(0))};
+             new (self) PackedModel({sizes, w_in.data(), b_in.data(), w.data(), b.data(), w_out.data(), b_out,
+                                     marker.data(), impute.data(), scale.data(), mean.data(), inv_std.data(),
+                                     transform.data()});
            },
            "w_in"_a, "b_in"_a, "w"_a, "b"_a, "w_out"_a, "b_out"_a, "marker"_a, "impute"_a, "transform"_a, "scale"_a,
            "mean"_a, "inv_std"_a)
-      .def("run", &run, "x"_a.noconvert(), "level"_a, "levels"_a.none(), "energy"_a.noconvert(), "score"_a.none(),
-           "threads"_a, "deterministic"_a)
+      .def("run", &run, "x"_a, "level"_a, "levels"_a.none(), "energy"_a, "score"_a.none(), "threads"_a,
+           "deterministic"_a)
       .def("run_all_levels", &run_all_levels, "x"_a.noconvert(), "energies"_a.noconvert(), "threads"_a)
+      .def("time", &time_calls, "x"_a, "level"_a, "score"_a, "repeats"_a, "threads"_a,
+           "Seconds of each of so many calls, measured without Python.")
       .def_prop_ro("isa", [](const PackedModel& model) { return std::string(model.kernels().name); });
   m.def("fma_gflops", &fma_gflops, "threads"_a, "Multiply-add rate of this machine, GFLOP/s.");
   m.def("read_gbps", &read_gbps, "bytes"_a, "seconds"_a, "Rate of reading an array of that size again and again, GB/s.");

@@ -99,7 +99,7 @@ struct TileScratch {
 
   template <int Vectors>
   static INLINE TileScratch carve(float* p, const fused_ebm::Sizes& s) {
-    const int64_t width = Vectors * kLanes, input = round_up(s.features, 16) * width, unit = s.hidden * width;
+    const int64_t width = Vectors * kLanes, input = round_up(s.features, fused_ebm::kPadding) * width, unit = s.hidden * width;
     const auto take = [&p](int64_t size) { return (p += size) - size; };
     TileScratch t;
     t.u = take(input), t.slope = take(input);
@@ -110,7 +110,7 @@ struct TileScratch {
 
   static int64_t size(const fused_ebm::Sizes& s) {
     const int64_t width = kVectors * kLanes;
-    return width * (2 * round_up(s.features, 16) + static_cast<int64_t>(s.hidden) * (6 + s.layers + 1));
+    return width * (2 * round_up(s.features, fused_ebm::kPadding) + static_cast<int64_t>(s.hidden) * (6 + s.layers + 1));
   }
 };
 

@@ -77,25 +77,33 @@ INLINE Vec square_root(Vec x) {
 #endif
 }
 
-// 2^t for |t| <= 126; NaN stays NaN. Adding 1.5 * 2^23 rounds t to the nearest integer and leaves that integer
-// in the low bits, ready to be moved into the exponent. The polynomial is minimax on [-1/2, 1/2]: 2e-9.
-INLINE Vec exp2(Vec t) {
-  const Vec shifted = t + 12582912.0f;
-  const Vec f = t - (shifted - 12582912.0f);
+// x within [-limit, limit]; NaN stays NaN, since these instructions give their second operand then.
+INLINE Vec clamp(Vec x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(broadcast(-limit), _mm512_min_ps(broadcast(limit), x));
+#elif defined(__AVX2__)
+  return _mm256_max_ps(broadcast(-limit), _mm256_min_ps(broadcast(limit), x));
+#else
+  x = x > limit ? broadcast(limit) : x;
+  return x < -limit ? broadcast(-limit) : x;
+#endif
+}
+
+// sig(z) = 1 / (1 + exp(-z)); the clamp keeps the exponential finite. exp(-z) = 2^n 2^f with n whole: adding
+// 1.5 * 2^23 rounds to n and leaves it in the low bits, ready to be moved into the exponent. The polynomial for 2^f is
+// minimax on [-1/2, 1/2]: 2e-9.
+INLINE Vec sigmoid(Vec z) {
+  constexpr float kLog2e = 1.44269504088896341f, kRound = 12582912.0f;
   constexpr float kCoefficients[] = {1.339993145e-3f, 9.618488961e-3f, 5.550328776e-2f,
                                      2.402264689e-1f, 6.931472057e-1f, 1.0f};
+  const Vec x = clamp(z, 87.0f);
+  const Vec shifted = multiply_add(x, broadcast(-kLog2e), broadcast(kRound));
+  const Vec f = multiply_add(x, broadcast(-kLog2e), kRound - shifted);
   Vec p = broadcast(1.53458115e-4f);
 #pragma GCC unroll 8
   for (const float c : kCoefficients) p = multiply_add(p, f, broadcast(c));
-  return as_float(as_int(p) + (as_int(shifted) << 23));
-}
-
-// sig(z) = 1 / (1 + exp(-z)). The clamp keeps 2^t finite; comparisons with NaN are false, so NaN passes.
-INLINE Vec sigmoid(Vec z) {
-  Vec t = z * -1.44269504088896341f;
-  t = t > 126.0f ? broadcast(126.0f) : t;
-  t = t < -126.0f ? broadcast(-126.0f) : t;
-  return reciprocal(1.0f + exp2(t));
+  const Vec exp = as_float(as_int(p) + (as_int(shifted) << 23));
+  return reciprocal(1.0f + exp);
 }
 
 // log(1 + a) for a >= 0, accurate near 0; Inf and NaN stay what they are.
