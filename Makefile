@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench test test-full lint setup demo clean help
+.PHONY: bench test test-full regress regress-baseline sanitize lint setup demo clean help
 
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
@@ -16,6 +16,15 @@ test: setup  ## a slice of every promise
 
 test-full: setup  ## the full matrices
 	$(RUN) -m pytest
+
+regress: setup  ## has a kernel become slower? (half a minute, on any machine)
+	$(RUN) -m pytest bench/test_regression.py
+
+regress-baseline: setup  ## write bench/results/regression.json anew
+	FUSED_EBM_REGRESSION=rewrite $(RUN) -m pytest bench/test_regression.py
+
+sanitize: setup  ## ASan, UBSan and TSan over the kernels and the reader of packed models
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/native/sanitize.sh build/sanitize
 
 lint: setup  ## ruff
 	$(RUN) -m ruff check .

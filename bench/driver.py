@@ -37,9 +37,10 @@ BUDGET_US = {"cuda": 5_000, "cpu": 50_000}
 RESULT_FIELDS = (
     "scorer", "peer", "device", "threads", "task", "batch", "p50_us", "p90_us", "p99_us", "p999_us", "events_per_s",
     "rel_rms_energy", "rel_rms_score", "passed", "within_budget", "share_of_limit", "limit", "first_call_s",
-    "precision", "timing")
+    "precision", "timing")  # timing: "call" NumPy to NumPy, "kernel" inside C++
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _HEARTBEAT_S = 30
+BUSY = "spinning on every core"
 
 
 def benchmark(bundle: Bundle, x: np.ndarray, plan: Plan, model: dict, console: Console) -> tuple[dict, list[dict]]:
@@ -48,7 +49,8 @@ def benchmark(bundle: Bundle, x: np.ndarray, plan: Plan, model: dict, console: C
     `model` describes model and events in the report. RuntimeError where a worker fails.
     """
     start, ticks = time.perf_counter(), cpu_ticks()
-    about = machine() | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    about = machine() | {"date": datetime.now(UTC).isoformat(timespec="seconds"),
+                         "load": BUSY if plan.spin_on else "idle"}
     found = limits(about["cores"])
     rows, not_run = [], {}
     products: dict[str, dict[str, float]] = {"sgemm_us": {}, "sgemm_openblas_us": {}}
@@ -77,7 +79,7 @@ def benchmark(bundle: Bundle, x: np.ndarray, plan: Plan, model: dict, console: C
 
 def _result(row: Row, a: Architecture, found: dict[str, float | None]) -> dict:
     """The row with what follows from its times."""
-    r = asdict(row) | {"timing": "call", "events_per_s": None, "limit": None, "share_of_limit": None}
+    r = asdict(row) | {"events_per_s": None, "limit": None, "share_of_limit": None}
     waited = row.p99_us if row.p99_us is not None else row.slowest_us
     budget = BUDGET_US[row.device.partition(":")[0]]
     r["within_budget"] = bool(row.passed and waited is not None and waited / row.batch < budget)

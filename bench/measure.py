@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from bench import peers
+from bench.contenders import Contender, build, sentence
+from bench.load import spinning
 from bench.machine import sgemm_contenders
 from bench.peers import ENERGY, ENERGY_AND_SCORE
 from bench.timer import Timing, interleave
@@ -19,8 +19,10 @@ from ebm.bundle import Bundle
 from kernels import BACKENDS, load_scorer
 from kernels.tolerances import CHECK_EVENTS, TOLERANCES, relative_rms_energy, relative_rms_score
 
-TASKS = (ENERGY, ENERGY_AND_SCORE)
-_TAKE_THREADS = ("native", "numba")
+CALL, KERNEL = "call", "kernel"
+_INSIDE, _OUT = " (C++)", " out="  # marks of what is timed besides the call
+_MOST_CHECKED = 65_536  # events of one call: of a larger one as many, spread over it
+_INSIDE_TO = 64  # events: beyond, Python is lost in the noise of the call
 _LEAST_S = 0.3  # of samples, where the limit of the whole run leaves less
 _POOLS_SLEEP_S = 0.02  # idle OpenMP threads spin for some 15 ms
 
@@ -37,6 +39,10 @@ class Plan:
     seconds: float = 1.5  # of samples per contender, task, batch and thread count
     limit_s: float = 200.0  # of the whole run: samples are cut short to keep it
     check_events: int = CHECK_EVENTS
+    least: int = 5  # samples, however long they take
+    products: bool = True  # time matrix products alone, too
+    preallocated: bool = False  # time the C++ backend with out=, too
+    spin_on: tuple[int, ...] = ()  # processors that are kept busy while anything is timed
 
 
 @dataclass
@@ -59,19 +65,9 @@ class Row:
     p99_us: float | None = None
     p999_us: float | None = None
     slowest_us: float | None = None
+    timing: str = CALL  # KERNEL: measured inside C++
+    out_p50_us: float | None = None
     problem: str | None = None
-
-
-@dataclass
-class Contender:
-    """A backend or a peer that could be built. `function(task, batch)` gives the callable that is timed."""
-
-    name: str
-    peer: bool
-    device: str
-    precision: str
-    function: Callable[[str, int], Callable[[np.ndarray], Any]]
-    load_s: float
 
 
 @dataclass
@@ -82,13 +78,6 @@ class Measured:
     not_run: dict[str, str] = field(default_factory=dict)
     sgemm_us: dict[str, float] = field(default_factory=dict)
     sgemm_openblas_us: dict[str, float] = field(default_factory=dict)
-
-
-def scorer_names() -> list[str]:
-    """Everything that --backend can name: plain backends, backend-precision, and peers."""
-    ours = [name if i == 0 else f"{name}-{precision}"
-            for name, b in BACKENDS.items() for i, precision in enumerate(b.dtypes)]
-    return [*ours, *peers.PEERS]
 
 
 def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Callable[[str, str, float], None],
@@ -113,18 +102,21 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
     rows: dict[tuple[str, int, str], Row] = {}
     for name in names:
         notify(name, "loading", done / steps)
-        contender = _build(name, bundle, threads, result.not_run, named=plan.scorers is not None)
+        contender = build(name, bundle, threads, result.not_run, named=plan.scorers is not None)
         for task, batch in cells if contender else ():
             notify(name, f"first call and agreement, batch {batch}", done / steps)
             row, call = _check(contender, task, batch, threads, events, truth)
             result.rows.append(row)
             rows[task, batch, name] = row
             if row.passed:
-                ready[task, batch][name] = call
+                ready[task, batch] |= {name: call} | _variants(contender, task, batch, threads, plan)
+            if name + _INSIDE in ready[task, batch]:
+                result.rows.append(replace(row, timing=KERNEL, first_call_s=None))
+                rows[task, batch, name + _INSIDE] = result.rows[-1]
             done += 1
         done += 0 if contender else len(cells)
 
-    products = sgemm_contenders(bundle.architecture)
+    products = sgemm_contenders(bundle.architecture) if plan.products else {}
     left = share_s - (time.perf_counter() - start)
     n_calls = sum(len(calls) for calls in ready.values()) + len(products) * len(plan.batches)
     seconds = min(plan.seconds, max(left / max(n_calls, 1) / 1.2, _LEAST_S))
@@ -134,52 +126,27 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
         if task == plan.tasks[-1]:
             calls |= {name: product(batch) for name, product in products.items()}
         inputs = [events[i:i + batch] for i in range(0, len(events) - batch + 1, batch)][:64]
-        timings = interleave(calls, inputs, seconds, pause_s=_POOLS_SLEEP_S if threads > 1 else 0.0)
+        with spinning(plan.spin_on):
+            timings = interleave(calls, inputs, seconds, least=plan.least, tells_time=_INSIDE,
+                                 pause_s=_POOLS_SLEEP_S if threads > 1 else 0.0)
         for name, timing in timings.items():
             if name in products:
                 getattr(result, name)[f"{batch}x{threads}"] = timing.quantiles_us()["p50_us"]
+            elif name.endswith(_OUT):
+                rows[task, batch, name.removesuffix(_OUT)].out_p50_us = timing.quantiles_us()["p50_us"]
             else:
                 _fill(rows[task, batch, name], timing)
         done += 3
     return asdict(result)
 
 
-def _build(name: str, bundle: Bundle, threads: int, not_run: dict[str, str], named: bool) -> Contender | None:
-    """The contender, or None and the reason in `not_run`; a contender that the caller named raises instead."""
-    try:
-        return _build_peer(name, bundle, threads) if name in peers.PEERS else _build_own(name, bundle, threads)
-    except Exception as e:  # a runtime that breaks is a result, not the end of the run
-        if named:
-            raise RuntimeError(f"{name} cannot run: {_sentence(e)}") from e
-        not_run[name] = _sentence(e)
-        return None
-
-
-def _build_peer(name: str, bundle: Bundle, threads: int) -> Contender:
-    cls = peers.PEERS[name]
-    if why_not := cls.why_not():
-        raise RuntimeError(why_not)
-    for module in cls.modules:
-        importlib.import_module(module)
-    start = time.perf_counter()
-    peer = cls(bundle, threads)
-    return Contender(name, True, peer.device, peer.precision, peer.function, time.perf_counter() - start)
-
-
-def _build_own(name: str, bundle: Bundle, threads: int) -> Contender:
-    backend, _, precision = name.partition("-")
-    if why_not := BACKENDS[backend].why_not_for(bundle.architecture.kind):
-        raise RuntimeError(why_not)
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("it would run in the interpreter (TRITON_INTERPRET=1), whose times mean nothing")
-    BACKENDS[backend].load()
-    options: dict[str, Any] = {"threads": threads} if backend in _TAKE_THREADS else {}
-    if precision:
-        options["precision"] = precision
-    start = time.perf_counter()
-    scorer = load_scorer(bundle, backend, **options)
-    return Contender(name, False, scorer.device, scorer.precision, lambda task, batch: getattr(scorer, task),
-                     time.perf_counter() - start)
+def _variants(contender: Contender, task: str, batch: int, threads: int, plan: Plan) -> dict[str, Callable]:
+    """The C++ backend without Python, and, where the plan says so, with preallocated results."""
+    inside = contender.inside(task, threads) if batch <= _INSIDE_TO else None
+    if inside is None:
+        return {}
+    out = {contender.name + _OUT: contender.preallocated(task, batch)} if plan.preallocated else {}
+    return {contender.name + _INSIDE: inside} | out
 
 
 def _check(contender: Contender, task: str, batch: int, threads: int, events: np.ndarray,
@@ -188,18 +155,21 @@ def _check(contender: Contender, task: str, batch: int, threads: int, events: np
     c = contender
     row = Row(c.name, c.peer, c.device, threads, task, batch, c.precision)
     n_check = len(truth[0])
+    spread = np.linspace(0, batch - 1, _MOST_CHECKED).astype(int) if batch > _MOST_CHECKED else slice(None)
     try:
+        first = _rows(events, 0, batch, n_check)
         start = time.perf_counter()
         call = c.function(task, batch)
-        call(events[:batch])
+        result = call(first)
         row.first_call_s = c.load_s + time.perf_counter() - start
-        outputs = [_outputs(call(_rows(events, i, batch, n_check)), task) for i in range(0, n_check, batch)]
+        outputs = [_outputs(result, task, spread)]
+        outputs += [_outputs(call(_rows(events, i, batch, n_check)), task) for i in range(batch, n_check, batch)]
     except Exception as e:
-        row.problem = _sentence(e)
+        row.problem = sentence(e)
         return row, None
-    n = len(outputs) * batch
+    which = np.arange(len(outputs) * batch)[spread] % n_check
     found = [np.concatenate(parts) for parts in zip(*outputs)]
-    expected = [np.resize(t, (n, *t.shape[1:])) for t in truth]
+    expected = [t[which] for t in truth]
     for one, right in zip(found, expected):
         if one.shape != right.shape:
             row.problem = f"gives shape {one.shape}, expected {right.shape}"
@@ -223,19 +193,12 @@ def _rows(events: np.ndarray, first: int, batch: int, n_check: int) -> np.ndarra
     return events[np.arange(first, first + batch) % n_check]
 
 
-def _outputs(result: Any, task: str) -> tuple[np.ndarray, ...]:
+def _outputs(result: Any, task: str, which: Any = slice(None)) -> tuple[np.ndarray, ...]:
     # Copies: a contender may write its next results into the same memory.
-    return tuple(np.array(r) for r in ((result,) if task == ENERGY else result))
+    return tuple(np.array(np.asarray(r)[which]) for r in ((result,) if task == ENERGY else result))
 
 
 def _fill(row: Row, timing: Timing) -> None:
     for name, value in timing.quantiles_us().items():
         setattr(row, name, value)
     row.slowest_us = timing.slowest_us
-
-
-def _sentence(e: Exception) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-    # Long reports say what happened first and why last.
-    text = lines[0] if len(lines) == 1 else f"{lines[0][:200]} ... {lines[-1]}"
-    return text if len(text) <= 400 else text[:397] + "..."

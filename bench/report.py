@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -13,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.peers import ENERGY_AND_SCORE
+from ebm.command import whole_file
 
 _GROUP = ("task", "threads", "batch")
 # Okabe and Ito, then two of Tol: told apart by colour-blind readers; markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888", "#882255",
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888", "#882255",
             "#332288")
-_MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<>"
 
 
 def best_peer(rows: list[dict], row: dict) -> dict | None:
@@ -27,10 +26,15 @@ def best_peer(rows: list[dict], row: dict) -> dict | None:
     return min(same, key=lambda r: r["p50_us"], default=None)
 
 
+def label(r: dict) -> str:
+    """The Scorer's name, with a mark where it was measured inside C++."""
+    return r["scorer"] if r["timing"] == "call" else f"{r['scorer']} (C++)"
+
+
 def table(rows: list[dict]) -> Table:
     """Scorer x batch: times, rate, errors, share of the machine's limit, verdict; the fastest first."""
     tasks = {r["task"] for r in rows}
-    t = Table(title=f"Latency of a call: {' / '.join(_task(k) for k in sorted(tasks))}, NumPy to NumPy, "
+    t = Table(title=f"Latency of a call: {' / '.join(task_name(k) for k in sorted(tasks))}, NumPy to NumPy, "
                     "preprocessing included",
               title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False,
               collapse_padding=True)
@@ -41,53 +45,72 @@ def table(rows: list[dict]) -> Table:
     rows = sorted(rows, key=lambda r: (key[tuple(r[k] for k in _GROUP)], r["p50_us"] is None, r["p50_us"] or 0))
     for i, r in enumerate(rows):
         group = [str(r[k]) if i == 0 or any(rows[i - 1][g] != r[g] for g in _GROUP) else "" for k in _GROUP]
-        group = [_task(group[0]), *group[1:]] if len(tasks) > 1 else group[1:]
-        peer = best_peer(rows, r)
+        group = [task_name(group[0]), *group[1:]] if len(tasks) > 1 else group[1:]
+        peer = best_peer(rows, r) if r["timing"] == "call" else None
         ratio = f"{peer['p50_us'] / r['p50_us']:.2f}x" if peer and r["p50_us"] else "-"
         share = "-" if r["share_of_limit"] is None else f"{100 * r['share_of_limit']:.0f}% {_limit(r['limit'])}"
-        t.add_row(*group, r["scorer"], *(_time(r[q]) for q in ("p50_us", "p90_us", "p99_us", "p999_us")),
-                  _rate(r["events_per_s"]), _error(r["rel_rms_energy"]), _error(r["rel_rms_score"]), share, ratio,
+        t.add_row(*group, label(r), *(_time(r[q]) for q in ("p50_us", "p90_us", "p99_us", "p999_us")),
+                  rate(r["events_per_s"]), _error(r["rel_rms_energy"]), _error(r["rel_rms_score"]), share, ratio,
                   "-" if r["first_call_s"] is None else f"{r['first_call_s']:.2f}", _verdict(r),
                   style=None if r["peer"] else "bold",
                   end_section=i + 1 < len(rows) and any(rows[i + 1][g] != r[g] for g in _GROUP))
     return t
 
 
-def summary(report: dict, rows: list[dict]) -> Group:
-    """Machine, limits, what is wrong or did not run, and the ratios that matter."""
+def about(report: dict, rows: list[dict]) -> list[str]:
+    """Lines on the machine, its limits, and what is wrong or did not run."""
     m, lim = report["machine"], report["limits"]
+    load = "" if m["load"] == "idle" else f"; other processes {m['load']}"
     lines = [f"{m['cpu']}, {m['cores']} cores, {m['os']}; steal {_percent(m['steal'])}; {m['run_s']:.0f} s; "
-             f"commit {report['commit']}"]
+             f"commit {report['commit']}{load}"]
     if lim["fma_gflops_1t"]:
         lines.append(f"limits: FMA {lim['fma_gflops_1t']:.0f} GFLOP/s on one core, {lim['fma_gflops_all']:.0f} on all; "
                      f"reading 600 KB {lim['read_gbps_600k']:.0f} GB/s, 64 MB {lim['read_gbps_64m']:.0f} GB/s")
     else:
         lines.append("limits: not measured, the C++ library is not built")
     for name, library in (("sgemm_us", "MKL"), ("sgemm_openblas_us", "OpenBLAS")):
-        times = ", ".join(f"{key} {_time(us)}" for key, us in lim[name].items())
-        lines.append(f"matrix products alone, {library} (batch x threads): {times}")
+        if times := ", ".join(f"{key} {_time(us)}" for key, us in lim[name].items()):
+            lines.append(f"matrix products alone, {library} (batch x threads): {times}")
     for r in rows:
         if r["problem"]:
             lines.append(f"{r['scorer']}, batch {r['batch']}, {r['threads']} thr, {r['task']}: {r['problem']}")
-    lines += [f"not run: {name}: {reason}" for name, reason in m["not_run"].items()]
-    lines += _ratios(rows)
+    return lines + [f"not run: {name}: {reason}" for name, reason in m["not_run"].items()]
+
+
+def summary(report: dict, rows: list[dict]) -> Group:
+    """About the run, what Python costs, and the ratios that matter."""
+    lines = about(report, rows) + _python(rows) + _ratios(rows)
     notes = ["err: RMS error against float64 (E / std E; score / its RMS). limit: share of r (read bandwidth) or f "
              "(FMA peak). first: seconds to build and make the first call.",
              "vs peer: p50 of the fastest correct peer / p50. budget: p99 of a call (the slowest where p99 is -) at "
-             "batch 1, per event beyond: < 50 ms CPU, < 5 ms GPU. -: too few samples, or not measured."]
+             "batch 1, per event beyond: < 50 ms CPU, < 5 ms GPU. -: too few samples, or not measured. "
+             "(C++): timed inside the library, without Python and without new arrays."]
     return Group(*(Text(line) for line in lines), *(Text(note, style="dim") for note in notes))
+
+
+def _python(rows: list[dict]) -> list[str]:
+    """What the way through Python costs: median of a call less that inside C++."""
+    lines = []
+    key = (*_GROUP, "scorer")
+    for inside in (r for r in rows if r["timing"] == "kernel" and r["p50_us"]):
+        call = next(r for r in rows if r["timing"] == "call" and all(r[k] == inside[k] for k in key))
+        around, kept = call["p50_us"] - inside["p50_us"], call["out_p50_us"]
+        out = f" ({_time(kept - inside['p50_us'])} with out=)" if kept else ""
+        lines.append(f"Python around {inside['scorer']}, {task_name(inside['task'])}, batch {inside['batch']}, threads "
+                     f"{inside['threads']}: {_time(around)}{out}, of {_time(call['p50_us'])}")
+    return lines
 
 
 def _ratios(rows: list[dict]) -> list[str]:
     lines = []
     for key in dict.fromkeys(tuple(r[k] for k in _GROUP) for r in rows):
-        ours = [r for r in rows if not r["peer"] and r["p50_us"] and tuple(r[k] for k in _GROUP) == key]
+        ours = [r for r in _calls(rows) if not r["peer"] and r["p50_us"] and tuple(r[k] for k in _GROUP) == key]
         first = min(ours, key=lambda r: r["p50_us"], default=None)
         peer = best_peer(rows, first) if first else None
         if peer:
             task, threads, batch = key
             us, peer_us = first["p50_us"], peer["p50_us"]
-            lines.append(f"{_task(task)}, batch {batch}, threads {threads}: {first['scorer']} {_time(us)}, "
+            lines.append(f"{task_name(task)}, batch {batch}, threads {threads}: {first['scorer']} {_time(us)}, "
                          f"{peer_us / us:.2f}x the speed of {peer['scorer']} {_time(peer_us)}")
     return lines
 
@@ -101,17 +124,8 @@ def print_report(report: dict, rows: list[dict], console: Console) -> None:
 
 def write_json(report: dict, path: Path) -> None:
     """Write the report, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(to_json(report))
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path) as f:
+        f.write(to_json(report).encode())
 
 
 def to_json(report: dict) -> str:
@@ -127,7 +141,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     tasks = {r["task"] for r in rows}
-    rows = [r for r in rows if r["p50_us"] and (r["task"] == ENERGY_AND_SCORE or ENERGY_AND_SCORE not in tasks)]
+    rows = [r for r in _calls(rows) if r["p50_us"] and (r["task"] == ENERGY_AND_SCORE or ENERGY_AND_SCORE not in tasks)]
     threads = sorted({r["threads"] for r in rows}) or [1]
     scorers = sorted({(r["peer"], r["scorer"]) for r in rows})
     fig, axes = plt.subplots(1, len(threads), figsize=(5.5 * len(threads) + 2, 5), sharey=True, squeeze=False,
@@ -135,8 +149,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for ax, n in zip(axes[0], threads):
         for i, (peer, name) in enumerate(scorers):
             line = sorted((r["batch"], r["p50_us"]) for r in rows if r["scorer"] == name and r["threads"] == n)
-            ax.loglog(*zip(*line) if line else ([], []), marker=_MARKERS[i % len(_MARKERS)], label=name,
-                      color=_COLOURS[i % len(_COLOURS)], lw=1.2 if peer else 3, ls="--" if peer else "-",
+            ax.loglog(*zip(*line) if line else ([], []), marker=MARKERS[i % len(MARKERS)], label=name,
+                      color=COLOURS[i % len(COLOURS)], lw=1.2 if peer else 3, ls="--" if peer else "-",
                       ms=5 if peer else 7)
         batches = sorted({r["batch"] for r in rows})
         ax.set_xticks(batches, [str(b) for b in batches])
@@ -146,12 +160,13 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[0][0].set_ylabel("median latency of a call (µs)")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     what = ENERGY_AND_SCORE if ENERGY_AND_SCORE in tasks else "energy"
-    fig.suptitle(f"Latency of {_task(what)}, NumPy to NumPy (solid: fused-ebm, dashed: peers)")
+    fig.suptitle(f"Latency of {task_name(what)}, NumPy to NumPy (solid: fused-ebm, dashed: peers)")
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
 
-def _task(task: str) -> str:
+def task_name(task: str) -> str:
+    """The task for people."""
     return "energy + score" if task == ENERGY_AND_SCORE else task
 
 
@@ -162,10 +177,15 @@ def _time(us: float | None) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
-def _rate(rate: float | None) -> str:
-    if rate is None:
+def _calls(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["timing"] == "call"]
+
+
+def rate(per_s: float | None) -> str:
+    """Events per second for people."""
+    if per_s is None:
         return "-"
-    return f"{rate / 1e6:.2f} M" if rate >= 1e6 else f"{rate / 1e3:.1f} k"
+    return f"{per_s / 1e6:.2f} M" if per_s >= 1e6 else f"{per_s / 1e3:.1f} k"
 
 
 def _error(error: float | None) -> str:
@@ -183,6 +203,8 @@ def _limit(name: str) -> str:
 def _verdict(r: dict) -> Text:
     if r["problem"]:
         return Text("WRONG" if r["problem"].startswith("wrong") else "FAILED", style="bold red")
+    if r["timing"] != "call":
+        return Text("-")
     return Text("PASS", style="green") if r["within_budget"] else Text("FAIL", style="bold red")
 
 

@@ -38,12 +38,13 @@ class Timing:
 
 
 def interleave(calls: dict[str, Callable[[Any], Any]], inputs: list[Any], seconds: float, *, least: int = 5,
-               pause_s: float = 0.0) -> dict[str, Timing]:
+               pause_s: float = 0.0, tells_time: str | None = None) -> dict[str, Timing]:
     """Time every call on the inputs in rotation, for about `seconds` each and at least `least` samples.
 
     In each round every contender has one turn of some 50 ms; the first calls of a turn are not counted: they
     pay for what the others left in the caches. `pause_s` before a turn lets thread pools of the one before go
-    to sleep: some spin for milliseconds after their last task.
+    to sleep: some spin for milliseconds after their last task. A contender whose name ends in `tells_time`
+    has its own clock: its call gives the seconds of each repetition.
     """
     timings = {name: Timing() for name in calls}
     used = dict.fromkeys(calls, 0.0)
@@ -52,7 +53,8 @@ def interleave(calls: dict[str, Callable[[Any], Any]], inputs: list[Any], second
             for name in waiting:
                 time.sleep(pause_s)
                 start = time.perf_counter()
-                _turn(calls[name], inputs, timings[name].samples_ns, min(_TURN_S, seconds))
+                turn = _told_turn if tells_time and name.endswith(tells_time) else _turn
+                turn(calls[name], inputs, timings[name].samples_ns, min(_TURN_S, seconds), min(least, 3))
                 used[name] += time.perf_counter() - start
     return timings
 
@@ -62,7 +64,7 @@ def _unfinished(timing: Timing, used_s: float, seconds: float, least: int) -> bo
     return n < _MOST_SAMPLES and (n < least or used_s < seconds)
 
 
-def _turn(call: Callable[[Any], Any], inputs: list[Any], samples: list[int], turn_s: float) -> None:
+def _turn(call: Callable[[Any], Any], inputs: list[Any], samples: list[int], turn_s: float, few: int) -> None:
     clock = time.perf_counter_ns
     start = clock()
     for i in range(_SETTLE_CALLS):
@@ -78,7 +80,18 @@ def _turn(call: Callable[[Any], Any], inputs: list[Any], samples: list[int], tur
         samples.append(after - before)
         i += 1
         # A slow contender makes a few calls per turn, or settling would take half of its time.
-        if after >= end and (after - before < turn_s * 1e9 or i % 3 == 0):
+        if after >= end and (after - before < turn_s * 1e9 or i % few == 0):
+            return
+
+
+def _told_turn(call: Callable[[Any], list[float]], inputs: list[Any], samples: list[int], turn_s: float,
+               _: int) -> None:
+    call(inputs[0])
+    end = time.perf_counter() + turn_s
+    for i in range(_MOST_PER_TURN):
+        told = call(inputs[i % len(inputs)])
+        samples += [round(seconds * 1e9) for seconds in told]
+        if len(told) * (i + 1) >= _MOST_PER_TURN or time.perf_counter() >= end:
             return
 
 

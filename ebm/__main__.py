@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import shlex
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +14,8 @@ import numpy as np
 import typer
 
 from ebm.bundle import Bundle, check_destination
-from ebm.events import DataError, Events, load_events
+from ebm.command import one_sentence, whole_file
+from ebm.events import DataError, Events, check_schema, load_events
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -35,27 +31,6 @@ Data = Annotated[str, typer.Argument(
 Model = Annotated[Path, typer.Argument(help="Directory that 'train' wrote.")]
 BackendName = Annotated[str, typer.Option(
     "--backend", help="auto, or a name that 'python -m kernels' lists; auto takes the fastest that runs here.")]
-
-
-def one_sentence(command: Callable) -> Callable:
-    """What the user can put right ends as one sentence on stderr and exit code 2, without a traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            try:
-                return command(*args, **kwargs)
-            except OSError as e:
-                where = f"{e.filename}: " if e.filename else ""
-                message = f"{where}{e.strerror or e}"
-            except (ValueError, RuntimeError) as e:
-                message = str(e)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise typer.Exit(2)
-
-    return wrapped
 
 
 @app.command(epilog="Example: python -m ebm train training.csv.gz --out runs/higgs")
@@ -133,7 +108,7 @@ def score(
         attribution = np.asarray(scorer.attribution(events.x), np.float32)
         columns |= {f"attribution_{name}": attribution[:, j] for j, name in enumerate(events.schema.features)}
     table = pa.table(columns).replace_schema_metadata({"model_digest": bundle.digest, "backend": scorer.name})
-    with _whole_file(out) as f:
+    with whole_file(out) as f:
         pq.write_table(table, f)
     flagged = "no threshold in this model" if flag is None else f"{np.count_nonzero(flag):,} flagged"
     print(f"{out}: {len(events):,} events, {flagged}")
@@ -162,7 +137,7 @@ def evaluate(
     result = figures(bundle, events, scorer.energy)
     print_evaluation(result)
     if json_file is not None:
-        with _whole_file(json_file) as f:
+        with whole_file(json_file) as f:
             f.write((json.dumps(_plain(result), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -181,20 +156,9 @@ def _open(model: Path, data: str, backend: str):
     bundle = Bundle.load(model)
     scorer = load_scorer(bundle, backend)
     events = _load(data)
-    _check_schema(bundle, events, model, data)
+    check_schema(bundle.schema, events.schema, model, data)
     print(f"backend: {scorer.name} on {scorer.device} ({scorer.chosen_because})")
     return bundle, events, scorer
-
-
-def _check_schema(bundle: Bundle, events: Events, model: Path, data: str) -> None:
-    mine, theirs = bundle.schema, events.schema
-    if mine.features == theirs.features and mine.missing_marker == theirs.missing_marker:
-        return
-    different = next((f"; feature {j} is {a!r} in the model, {b!r} in the data" for j, (a, b) in
-                      enumerate(zip(mine.features, theirs.features, strict=False)) if a != b), "")
-    raise DataError(f"{model} is a model of {mine.name} events ({mine.n_features} features, missing "
-                    f"{mine.missing_marker}), {data} has {theirs.name} events ({theirs.n_features} features, missing "
-                    f"{theirs.missing_marker}){different}")
 
 
 def _portable(value: object) -> str:
@@ -213,25 +177,6 @@ def _check_file(path: Path) -> None:
             pass
     except OSError as e:
         raise DataError(f"{path} cannot be written: {parent}: {e.strerror}") from None
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator:
-    """A binary file that appears under its name when it is complete, or not at all."""
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _plain(value: object) -> object:

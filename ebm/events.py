@@ -113,6 +113,17 @@ def load_events(source: str | Path) -> Events:
     return higgsml.read(path)
 
 
+def check_schema(model: Schema, data: Schema, model_name: str | Path, data_name: str | Path) -> None:
+    """DataError unless the data have the features that the model was trained on, in its order."""
+    if model.features == data.features and model.missing_marker == data.missing_marker:
+        return
+    different = next((f"; feature {j} is {a!r} in the model, {b!r} in the data" for j, (a, b) in
+                      enumerate(zip(model.features, data.features, strict=False)) if a != b), "")
+    raise DataError(f"{model_name} is a model of {model.name} events ({model.n_features} features, missing "
+                    f"{model.missing_marker}), {data_name} has {data.name} events ({data.n_features} features, missing "
+                    f"{data.missing_marker}){different}")
+
+
 def fold(events: Events) -> np.ndarray:
     """The fold 0..9 of each event, (n,): a hash of its id, or of its float32 row where the file has no ids.
 

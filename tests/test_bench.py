@@ -168,6 +168,14 @@ def test_a_wrong_peer_is_shown_and_not_timed(bundle, x, monkeypatch, peer, probl
         assert wrong["rel_rms_score"] == pytest.approx(2)
 
 
+def test_a_large_call_is_checked_at_events_spread_over_it(bundle, x, monkeypatch):
+    monkeypatch.setattr("bench.measure._MOST_CHECKED", 50)
+    monkeypatch.setitem(peers.PEERS, "torch-eager", Flipped)
+    wrong, right = run(bundle, x, ("torch-eager", "reference"), batches=(700,))["rows"]
+    assert wrong["rel_rms_score"] == pytest.approx(2)
+    assert right["passed"]
+
+
 def test_an_absent_peer_is_listed_with_the_reason(bundle, x, monkeypatch):
     monkeypatch.setattr(peers, "DEFAULT_PEERS", ("torch-eager",))
     monkeypatch.setattr("bench.measure.BACKENDS", {"reference": BACKENDS["reference"]})

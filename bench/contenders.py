@@ -1,0 +1,101 @@
+"""Who is measured: our backends and the peers, each built into one thing that can be called and timed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench import peers
+from bench.peers import ENERGY, ENERGY_AND_SCORE
+from ebm.bundle import Bundle
+from kernels import BACKENDS, Scorer, load_scorer
+
+TASKS = (ENERGY, ENERGY_AND_SCORE)
+_TAKE_THREADS = ("native", "numba")
+_REPEATS = 16  # of one input inside C++, then the next input
+
+
+@dataclass
+class Contender:
+    """A backend or a peer that could be built. `function(task, batch)` gives the callable that is timed."""
+
+    name: str
+    peer: bool
+    device: str
+    precision: str
+    function: Callable[[str, int], Callable[[np.ndarray], Any]]
+    load_s: float
+    scorer: Scorer | None = None  # of ours
+
+    def inside(self, task: str, threads: int) -> Callable[[np.ndarray], list[float]] | None:
+        """x -> seconds of some calls, measured inside C++; None where the backend cannot tell."""
+        tell = getattr(getattr(self.scorer, "_model", None), "time", None)
+        if tell is None:
+            return None
+        level, score = self.scorer.default_level, task == ENERGY_AND_SCORE
+        return lambda x: tell(x, level, score, _REPEATS, threads)
+
+    def preallocated(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
+        """The same call of a Scorer of ours, writing into arrays that are there already."""
+        energy = np.empty(batch, self.scorer.dtype)
+        out = energy if task == ENERGY else (energy, np.empty((batch, self.scorer.n_features), self.scorer.dtype))
+        call = getattr(self.scorer, task)
+        return lambda x: call(x, out=out)
+
+
+def scorer_names() -> list[str]:
+    """Everything that --backend can name: plain backends, backend-precision, and peers."""
+    ours = [name if i == 0 else f"{name}-{precision}"
+            for name, b in BACKENDS.items() for i, precision in enumerate(b.dtypes)]
+    return [*ours, *peers.PEERS]
+
+
+def build(name: str, bundle: Bundle, threads: int, not_run: dict[str, str], named: bool) -> Contender | None:
+    """The contender, or None and the reason in `not_run`; a contender that the caller named raises instead."""
+    try:
+        return _build_peer(name, bundle, threads) if name in peers.PEERS else _build_own(name, bundle, threads)
+    except Exception as e:  # a runtime that breaks is a result, not the end of the run
+        if named:
+            raise RuntimeError(f"{name} cannot run: {sentence(e)}") from e
+        not_run[name] = sentence(e)
+        return None
+
+
+def _build_peer(name: str, bundle: Bundle, threads: int) -> Contender:
+    cls = peers.PEERS[name]
+    if why_not := cls.why_not():
+        raise RuntimeError(why_not)
+    for module in cls.modules:
+        importlib.import_module(module)
+    start = time.perf_counter()
+    peer = cls(bundle, threads)
+    return Contender(name, True, peer.device, peer.precision, peer.function, time.perf_counter() - start)
+
+
+def _build_own(name: str, bundle: Bundle, threads: int) -> Contender:
+    backend, _, precision = name.partition("-")
+    if why_not := BACKENDS[backend].why_not_for(bundle.architecture.kind):
+        raise RuntimeError(why_not)
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("it would run in the interpreter (TRITON_INTERPRET=1), whose times mean nothing")
+    BACKENDS[backend].load()
+    options: dict[str, Any] = {"threads": threads} if backend in _TAKE_THREADS else {}
+    if precision:
+        options["precision"] = precision
+    start = time.perf_counter()
+    scorer = load_scorer(bundle, backend, **options)
+    return Contender(name, False, scorer.device, scorer.precision, lambda task, batch: getattr(scorer, task),
+                     time.perf_counter() - start, scorer)
+
+
+def sentence(e: Exception) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    # Long reports say what happened first and why last.
+    text = lines[0] if len(lines) == 1 else f"{lines[0][:200]} ... {lines[-1]}"
+    return text if len(text) <= 400 else text[:397] + "..."

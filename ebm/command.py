@@ -1,0 +1,56 @@
+"""What all commands share: errors in one sentence, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def one_sentence(command: Callable) -> Callable:
+    """What the user can put right ends as one sentence on stderr and exit code 2, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            try:
+                return command(*args, **kwargs)
+            except OSError as e:
+                where = f"{e.filename}: " if e.filename else ""
+                message = f"{where}{e.strerror or e}"
+            except (ValueError, RuntimeError) as e:
+                message = str(e)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+    return wrapped
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under its name when it is complete, or not at all."""
+    path = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp gives a file to its owner alone
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
