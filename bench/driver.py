@@ -20,7 +20,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from bench.machine import (
     ROOT,
     best,
-    commit,
     cpu_ticks,
     flop_per_event,
     limits,
@@ -32,6 +31,7 @@ from bench.machine import (
 from bench.measure import Plan, Row
 from bench.peers import ENERGY_AND_SCORE
 from ebm.bundle import Architecture, Bundle
+from ebm.command import commit
 
 BUDGET_US = {"cuda": 5_000, "cpu": 50_000}
 RESULT_FIELDS = (

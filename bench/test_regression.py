@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from bench.machine import commit, machine, sgemm_contenders
+from bench.machine import machine, sgemm_contenders
 from bench.options import TOY, load
 from bench.report import write_json
 from bench.timer import interleave
+from ebm.command import commit
 from kernels import BACKENDS, load_scorer
 
 BASELINE = Path(__file__).parent / "results" / "regression.json"

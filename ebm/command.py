@@ -1,9 +1,10 @@
-"""What all commands share: errors in one sentence, and files that are written whole or not at all."""
+"""What all commands share: errors in one sentence, files written whole or not at all, the commit they come from."""
 
 from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -54,3 +55,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def commit() -> str | None:
+    """Short hash of this source tree, "-dirty" where files differ from it; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,8 +1,8 @@
 """Multi-scale denoising score matching on the analytic score, and the training loop.
 
 With noise eps ~ N(0, 1) of size sigma the best score of the blurred density is -eps / sigma on average
-(Vincent 2011), so the loss of one event at level k is |sigma s(u + sigma eps, k) + eps|^2 (DESIGN: training
-loss). Only an ordinary backward pass is needed, since the score is plain operations of the weights.
+(Vincent 2011), so the loss of one event at level k is |sigma s(u + sigma eps, k) + eps|^2. Only an ordinary
+backward pass is needed, since the score is plain operations of the weights.
 """
 
 from __future__ import annotations

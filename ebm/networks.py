@@ -1,7 +1,7 @@
 """The networks. Each gives energy and score as plain operations, never through autograd.
 
-That is what lets them be trained by an ordinary backward pass, compiled and exported (DESIGN: the
-analytic backward). All of them take preprocessed events u of shape (n, D) and noise levels k of shape (n,).
+That is what lets them be trained by an ordinary backward pass, compiled and exported; kernels/README.md has the
+mathematics. All of them take preprocessed events u of shape (n, D) and noise levels k of shape (n,).
 """
 
 from __future__ import annotations

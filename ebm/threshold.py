@@ -1,7 +1,7 @@
 """The threshold as an order statistic of background energies, with a guarantee on the true rate.
 
 With t the r-th largest of n background energies and flag = energy > t, the true background rate is at most
-Beta(r, n + 1 - r) distributed, whatever the distribution of the energies (ANCHORS: detection; Wilks 1941).
+Beta(r, n + 1 - r) distributed, whatever the distribution of the energies (Wilks 1941).
 """
 
 from __future__ import annotations

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ebm.bundle import Architecture, Bundle
+from ebm.command import commit
 from ebm.dsm import History, geometric_sigmas, train
 from ebm.events import DataError, Events, Schema, split
 from ebm.networks import EnergyNetwork
@@ -77,9 +76,9 @@ def fit(events: Events, energies: Callable[[Bundle, np.ndarray], np.ndarray], *,
 def tensors(preprocessing: Preprocessing, x: np.ndarray, schema: Schema) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw events (n, D) -> preprocessed events u and the mask of features that noise and loss apply to.
 
-    The padding of absent objects is left out, as DESIGN section 3 says, and so are constant features. Where
-    instead the format marks single values as missing (HiggsML), the imputed value is noised like any other:
-    that ties the energies of events with and without it together, which masking leaves free.
+    The padding of absent objects is left out, and so are constant features. Where instead the format marks single
+    values as missing (HiggsML), the imputed value is noised like any other: that ties the energies of events with and
+    without it together, which masking leaves free.
     """
     x = np.ascontiguousarray(x, np.float32)
     padding = preprocessing.missing(x) if schema.missing_marker is None else np.zeros(x.shape, bool)
@@ -89,15 +88,3 @@ def tensors(preprocessing: Preprocessing, x: np.ndarray, schema: Schema) -> tupl
 def versions() -> dict[str, str]:
     """Versions that a training run depends on."""
     return {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
-
-
-def commit() -> str | None:
-    """The commit of this source tree, with "-dirty" where it was changed; None outside of one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
