@@ -69,7 +69,7 @@ def test_after_fork():
     energy = scorer.energy(x)  # starts the threads, which the child will not have
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
-    child = fork.Process(target=_energy_in_child, args=(scorer, x, results))
+    child = fork.Process(target=_energy_in_child, args=(scorer, x, results), daemon=True)
     child.start()
     np.testing.assert_array_equal(results.get(timeout=30), energy)
     child.join()

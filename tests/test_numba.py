@@ -89,7 +89,7 @@ def test_a_forked_process_computes_too(bundle, events):
     scorer = NumbaScorer(bundle)
     expected = scorer.energy(events)
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(scorer, events, there))
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(scorer, events, there), daemon=True)
     child.start()
     assert here.poll(30), "the child hangs"
     np.testing.assert_array_equal(here.recv(), expected)
