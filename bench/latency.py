@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bench.contenders import TASKS, scorer_names
-from bench.driver import benchmark
 from bench.measure import Plan
-from bench.options import MOST_EVENTS, TOY, check_outputs, fail_if_wrong, keep, load, number, split
+from bench.options import MOST_EVENTS, TOY, number, run, split
 from bench.peers import DEFAULT_PEERS, ENERGY_AND_SCORE, PEERS
 from bench.report import plot, print_report
 
@@ -64,22 +62,7 @@ def main(
     Each contender takes raw NumPy events and gives NumPy results. It is compared with float64 on 4096 events
     first, and only then timed, in turns with the others and with the same threads.
     """
-    try:
-        plan = make_plan(backend, batch, threads, quick, full, busy)
-        check_outputs(json, plot_to)
-        bundle, x, about = load(model, data)
-        console = Console(stderr=json == "-")
-        console.print(f"model: {about['source']}; events: {about['events']}", highlight=False, markup=False,
-                      soft_wrap=True)
-        report, rows = benchmark(bundle, x, plan, about, Console(stderr=True))
-        print_report(report, rows, console)
-        keep(report, json)
-        if plot_to:
-            plot(rows, plot_to)
-    except (ValueError, RuntimeError, OSError) as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(2) from None
-    fail_if_wrong(rows)
+    run(lambda: make_plan(backend, batch, threads, quick, full, busy), model, data, json, plot_to, print_report, plot)
 
 
 def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[str] | None, quick: bool,

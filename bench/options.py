@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import typer
+from rich.console import Console
 
+from bench.driver import benchmark
 from bench.machine import ROOT
+from bench.measure import Plan
 from bench.report import to_json, write_json
 from ebm.bundle import Bundle
 from ebm.events import DataError, load_events
@@ -18,6 +22,27 @@ from ebm.preprocess import Preprocessing
 DEMO = ROOT / "models" / "demo"
 TOY = "toy:20000"
 MOST_EVENTS = 1 << 20
+
+
+def run(plan: Callable[[], Plan], model: Path | None, data: str, json: str | None, plot_to: Path | None,
+        print_report: Callable[[dict, list[dict], Console], None], plot: Callable[[list[dict], Path], None]) -> None:
+    """Measure, print, keep: a benchmark command. Exits with 2 on input that cannot be used, 1 on wrong numbers."""
+    try:
+        planned = plan()
+        check_outputs(json, plot_to)
+        bundle, x, about = load(model, data)
+        console = Console(stderr=json == "-")
+        console.print(f"model: {about['source']}; events: {about['events']}", highlight=False, markup=False,
+                      soft_wrap=True)
+        report, rows = benchmark(bundle, x, planned, about, Console(stderr=True))
+        print_report(report, rows, console)
+        keep(report, json)
+        if plot_to:
+            plot(rows, plot_to)
+    except (ValueError, RuntimeError, OSError) as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(2) from None
+    fail_if_wrong(rows)
 
 
 def load(model: Path | None, data: str) -> tuple[Bundle, np.ndarray, dict]:

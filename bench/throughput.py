@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.contenders import scorer_names
-from bench.driver import benchmark
 from bench.measure import Plan
-from bench.options import MOST_EVENTS, TOY, check_outputs, fail_if_wrong, keep, load, number, split
+from bench.options import MOST_EVENTS, TOY, number, run, split
 from bench.peers import DEFAULT_PEERS, ENERGY, ENERGY_AND_SCORE
 from bench.report import COLOURS, MARKERS, about, rate, task_name
 
@@ -54,21 +53,7 @@ def main(
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Write a plot, e.g. throughput.png.")] = None,
 ) -> None:
     """Measure how many events per second each backend scores, by events per call and threads, and how it scales."""
-    try:
-        plan = make_plan(backend, batch, threads, peers, energy)
-        check_outputs(json, plot_to)
-        bundle, x, of = load(model, data)
-        console = Console(stderr=json == "-")
-        console.print(f"model: {of['source']}; events: {of['events']}", highlight=False, markup=False, soft_wrap=True)
-        report, rows = benchmark(bundle, x, plan, of, Console(stderr=True))
-        print_report(report, rows, console)
-        keep(report, json)
-        if plot_to:
-            plot(rows, plot_to)
-    except (ValueError, RuntimeError, OSError) as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(2) from None
-    fail_if_wrong(rows)
+    run(lambda: make_plan(backend, batch, threads, peers, energy), model, data, json, plot_to, print_report, plot)
 
 
 def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[str] | None, peers: bool,
