@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import tempfile
@@ -14,7 +13,7 @@ import numpy as np
 import typer
 
 from ebm.bundle import Bundle, check_destination
-from ebm.command import one_sentence, whole_file
+from ebm.command import one_sentence, plain, whole_file
 from ebm.events import DataError, Events, check_schema, load_events
 
 app = typer.Typer(
@@ -138,7 +137,7 @@ def evaluate(
     print_evaluation(result)
     if json_file is not None:
         with whole_file(json_file) as f:
-            f.write((json.dumps(_plain(result), indent=1, allow_nan=False) + "\n").encode())
+            f.write((json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _load(data: str) -> Events:
@@ -177,16 +176,6 @@ def _check_file(path: Path) -> None:
             pass
     except OSError as e:
         raise DataError(f"{path} cannot be written: {parent}: {e.strerror}") from None
-
-
-def _plain(value: object) -> object:
-    """Plain Python for JSON, with null for NaN."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

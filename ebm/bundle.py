@@ -75,7 +75,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained model: architecture, float32 tensors, noise levels, schema, preprocessing, threshold."""
+    """A trained model: architecture, float32 tensors, noise levels, schema, preprocessing, threshold.
+
+    `reports` has the physics report of every reduced precision that was compared with float64, by its name.
+    """
 
     architecture: Architecture
     tensors: dict[str, np.ndarray]
@@ -85,6 +88,7 @@ class Bundle:
     preprocessing: Preprocessing
     threshold: Threshold | None = None
     provenance: dict = field(default_factory=dict)
+    reports: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         a, s = self.architecture, np.asarray(self.sigmas)
@@ -106,6 +110,8 @@ class Bundle:
                 raise DataError(f"tensor {name} is {t.dtype}{list(t.shape)}, expected float32{list(shape)}")
             if not np.isfinite(t).all():
                 raise DataError(f"tensor {name} has values that are not finite")
+        if not isinstance(self.reports, dict) or not all(isinstance(r, dict) for r in self.reports.values()):
+            raise DataError(f"reports must be a dictionary of one dictionary per precision, given {self.reports!r}")
 
     @property
     def n_levels(self) -> int:
@@ -143,7 +149,8 @@ class Bundle:
         weights = save(dict(sorted(self.tensors.items())))
         description = {"format": FORMAT, "format_version": FORMAT_VERSION,
                        "weights_sha256": hashlib.sha256(weights).hexdigest(), **self._description(),
-                       "threshold": self.threshold and asdict(self.threshold), "provenance": self.provenance}
+                       "threshold": self.threshold and asdict(self.threshold), "provenance": self.provenance,
+                       "reports": self.reports}
         text = json.dumps(description, indent=1, allow_nan=False) + "\n"
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -202,7 +209,7 @@ class Bundle:
             preprocessing = Preprocessing(transform=[TRANSFORMS.index(f["transform"]) for f in features], **columns)
             threshold = d["threshold"] and Threshold(**d["threshold"])
             return cls(Architecture(**d["architecture"]), load(content[weights_path]), tuple(d["sigmas"]),
-                       d["default_level"], schema, preprocessing, threshold, d["provenance"])
+                       d["default_level"], schema, preprocessing, threshold, d["provenance"], d.get("reports", {}))
         except KeyError as e:
             raise DataError(f"{json_path}: entry {e} is missing") from None
         except DataError as e:

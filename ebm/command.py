@@ -1,8 +1,9 @@
-"""What all commands share: errors in one sentence, files written whole or not at all, the commit they come from."""
+"""What all commands share: errors in one sentence, files written whole or not at all, numbers for JSON, the commit."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 
 def one_sentence(command: Callable) -> Callable:
@@ -55,6 +58,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def plain(value: object) -> object:
+    """Plain Python for JSON, with null for NaN."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def commit() -> str | None:

@@ -92,5 +92,37 @@ def _print_parts(c: Console, result: dict) -> None:
         c.print(table)
 
 
+def print_physics_report(report: dict) -> None:
+    """The figures of `kernels.calibrate` for one reduced precision."""
+    precision, figures, change = report["precision"], report["figures"], report["change"]
+    scope = "test folds of the data trained on" if report["events"] == "test folds" else "all events"
+    labelled = report["n_signal"] is not None
+    numbers = f"{report['n_signal']:,} signal, {report['n_background']:,} background" if labelled else "no labels"
+    table = Table(title=f"{precision} ({report['instruction_set']}) on {report['data']}, {scope}: {report['n']:,} "
+                  f"events, {numbers}", title_justify="left")
+    for heading in ("", "float64", "native fp32", f"native {precision}", f"{precision} - float64"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = (("AUROC", "auroc", ".4f"), ("signal efficiency at the threshold", "signal_efficiency", ".4f"),
+            ("background flagged", "background_flag_rate", ".2e"), ("events flagged", "n_flagged", ",d"),
+            ("flags unlike float64", "n_flags_different", ",d"), ("flag agreement", "flag_agreement", ".4%"),
+            ("Spearman rank correlation", "spearman", ".6f"), ("RMS energy error over the spread", "rms_energy", ".1e"))
+    for name, key, form in rows:
+        difference = _number(change[key], "+.1e" if form == ".2e" else "+.6f") if key in change else ""
+        if key == "auroc" and change["auroc_interval"]:
+            difference += " " + _between(change["auroc_interval"], "+.6f")
+        table.add_row(name, *(_number(f[key], form) for f in figures.values()), difference)
+    if report["rms_score"] is not None:
+        table.add_row("RMS score error over the RMS score", "", "", _number(report["rms_score"], ".1e"))
+    c = console()
+    c.print(table)
+    c.print("This model has no threshold, so no flag is compared." if report["threshold"] is None else
+            f"Flags are raised above {report['threshold']:.6g}, the threshold calibrated in fp32, in every column: its "
+            f"guarantee is of fp32, and this table is what is known of {precision}.")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
 def _between(interval: tuple[float, float], form: str = ".4f") -> str:
     return f"[{interval[0]:{form}}, {interval[1]:{form}}]"

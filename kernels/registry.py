@@ -9,10 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernels.scorer import Scorer
 
+if TYPE_CHECKING:
+    from ebm.bundle import Bundle
+
 log = logging.getLogger("fused_ebm")
+
+REDUCED = ("int16", "int8")  # precisions that are offered only with their physics report
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Backend:
 
     name: str
     device: str
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # precisions; the first one where none is asked for
     scorer: str  # "module:Class", imported when it is first asked for
     about: str
     why_not: Callable[[], str | None]
@@ -67,7 +73,7 @@ def _reference_why_not() -> str | None:
 BACKENDS = {b.name: b for b in (
     Backend("triton", "cuda", ("fp32",), "kernels.triton_gpu:TritonScorer",
             "one fused kernel on an NVIDIA GPU (sm_80 and newer)", _triton_why_not),
-    Backend("native", "cpu", ("fp32",), "kernels.native_cpu:NativeScorer",
+    Backend("native", "cpu", ("fp32", *REDUCED), "kernels.native_cpu:NativeScorer",
             "fused C++ kernels", _native_why_not),
     Backend("numba", "cpu", ("fp32",), "kernels.numba_cpu:NumbaScorer",
             "fused kernels compiled at first use, no compiler needed", _numba_why_not),
@@ -77,28 +83,35 @@ BACKENDS = {b.name: b for b in (
 )}
 
 
-def load_scorer(model, backend: str = "auto", *, preprocess: bool = True, on_nonfinite: str = "raise",
-                **options) -> Scorer:
+def load_scorer(model, backend: str = "auto", *, precision: str | None = None, preprocess: bool = True,
+                on_nonfinite: str = "raise", **options) -> Scorer:
     """A Scorer for a model directory (or an `ebm.bundle.Bundle`).
 
     `backend` is "auto" (the fastest that runs here; the choice is logged and kept in `chosen_because`) or a
     name from `BACKENDS`; a named backend that cannot run raises RuntimeError with the reason.
+    `precision` is one of the backend's `dtypes`, by default their first; "auto" takes the fastest backend that has
+    it. A reduced one (`REDUCED`) is never taken unasked, and raises ValueError where the model has no physics report
+    of it: 'python -m kernels calibrate' makes one.
     `preprocess=False` takes events that are preprocessed already. `on_nonfinite="propagate"` gives NaN for a
-    damaged event instead of raising. Other options go to the backend (`threads=` of native and numba,
-    `precision=` of reference).
+    damaged event instead of raising. Other options go to the backend (`threads=` of native and numba).
     """
     from ebm.bundle import Bundle
 
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
     kind = bundle.architecture.kind
     if backend == "auto":
-        chosen, reason = _choose(kind)
+        chosen, reason = _choose(kind, precision)
     elif backend in BACKENDS:
         chosen, reason = BACKENDS[backend], "named by the caller"
         if why_not := chosen.why_not_for(kind):
             raise RuntimeError(f"backend {backend!r} cannot run: {why_not}")
+        _check_precision(precision, f"backend {backend!r} has", chosen)
     else:
         raise ValueError(f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}")
+    if precision in REDUCED:
+        _check_report(bundle, precision)
+    if precision not in (None, chosen.dtypes[0]):
+        options["precision"] = precision
     scorer = chosen.load()(bundle, preprocess=preprocess, on_nonfinite=on_nonfinite, **options)
     scorer.chosen_because = reason
     if backend == "auto":
@@ -106,13 +119,29 @@ def load_scorer(model, backend: str = "auto", *, preprocess: bool = True, on_non
     return scorer
 
 
-def _choose(kind: str) -> tuple[Backend, str]:
-    passed_over = []
+def _choose(kind: str, precision: str | None) -> tuple[Backend, str]:
+    _check_precision(precision, "the backends have", *BACKENDS.values())
+    passed_over, asked = [], "" if precision is None else f" in {precision}"
     for b in BACKENDS.values():
-        why_not = b.why_not_for(kind)
+        has_it = precision is None or precision in b.dtypes
+        why_not = b.why_not_for(kind) if has_it else f"it has no precision {precision}"
         if b.name == "triton" and why_not is None and os.environ.get("TRITON_INTERPRET") == "1":
             why_not = "it would run in the interpreter (TRITON_INTERPRET=1)"
         if why_not is None:
-            return b, "; ".join(["the fastest that runs here", *passed_over])
+            return b, "; ".join([f"the fastest that runs here{asked}", *passed_over])
         passed_over.append(f"not {b.name}: {why_not}")
-    raise RuntimeError("no backend can run: " + "; ".join(passed_over))
+    raise RuntimeError(f"no backend can run{asked}: " + "; ".join(passed_over))
+
+
+def _check_precision(precision: str | None, who_has: str, *backends: Backend) -> None:
+    there_is = dict.fromkeys(dtype for b in backends for dtype in b.dtypes)
+    if precision is not None and precision not in there_is:
+        raise ValueError(f"precision is {precision!r}, {who_has} {', '.join(map(repr, there_is))}")
+
+
+def _check_report(bundle: Bundle, precision: str) -> None:
+    report = bundle.reports.get(precision)
+    if report is None or report.get("model_digest") != bundle.digest:
+        state = "this model has none" if report is None else "the one in this model is of another model"
+        raise ValueError(f"precision {precision!r} is offered only with its physics report, and {state}: run "
+                         "'python -m kernels calibrate MODEL DATA'")

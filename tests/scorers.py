@@ -18,14 +18,18 @@ MARKER = -999.0
 
 
 def _instruction_sets() -> list[str]:
+    """Those of this processor, best first; the system may still refuse the tiles of AMX."""
     with open("/proc/cpuinfo") as f:
         flags = f.read()
-    return ["avx512"] * ("avx512vl" in flags) + ["avx2"] * ("avx2" in flags) + ["generic"]
+    needs = {"amx": "amx_int8", "vnni": "avx512_vnni", "avx512": "avx512vl", "avx2": "avx2", "generic": ""}
+    return [isa for isa, flag in needs.items() if flag in flags]
 
+
+INSTRUCTION_SETS = _instruction_sets()
 
 # name -> (backend, options, environment). Native runs once for each instruction set of this processor.
 SCORERS = {
-    **{f"native-{isa}": ("native", {}, {"FUSED_EBM_ISA": isa}) for isa in _instruction_sets()},
+    **{f"native-{isa}": ("native", {}, {"FUSED_EBM_ISA": isa}) for isa in INSTRUCTION_SETS},
     "native-deterministic": ("native", {"deterministic": True}, {}),
     "numba": ("numba", {}, {}),
     "triton": ("triton", {}, {}),

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import metadata
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scorers import events, model
 
@@ -71,6 +73,80 @@ def test_threshold_and_missing_model(tmp_path):
         load_scorer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="on_nonfinite is 'ignore'"):
         load_scorer(model(5, 64, 1), on_nonfinite="ignore")
+
+
+def test_no_reduced_precision_without_its_report(monkeypatch):
+    bundle = model(5, 64, 1)
+    monkeypatch.setitem(BACKENDS, "native", replace(BACKENDS["native"], why_not=lambda: None))
+    for backend in ("native", "auto"):
+        with pytest.raises(ValueError, match=r"'int8' is offered only .* has none: run 'python -m kernels calibrate"):
+            load_scorer(bundle, backend, precision="int8")
+        other = replace(bundle, reports={"int8": {"model_digest": "0" * 64}, "int16": {"model_digest": bundle.digest}})
+        with pytest.raises(ValueError, match="of another model: run 'python -m kernels calibrate MODEL DATA'"):
+            load_scorer(other, backend, precision="int8")
+
+
+def test_auto_takes_a_reduced_precision_only_when_asked(monkeypatch):
+    class Recorded(SimpleNamespace):
+        def __init__(self, bundle, **options):
+            super().__init__(**options)
+
+    monkeypatch.setattr(type(BACKENDS["native"]), "load", lambda backend: Recorded)
+    monkeypatch.setitem(BACKENDS, "native", replace(BACKENDS["native"], why_not=lambda: None))
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], why_not=lambda: None))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    bundle = model(5, 64, 1)
+    reported = replace(bundle, reports={"int8": {"model_digest": bundle.digest}})
+    asked = load_scorer(reported, precision="int8")
+    assert asked.precision == "int8"
+    assert asked.chosen_because == "the fastest that runs here in int8; not triton: it has no precision int8"
+    for unasked in (load_scorer(reported), load_scorer(reported, precision="fp32"), load_scorer(reported, "native")):
+        assert not hasattr(unasked, "precision")  # the backend's own default: fp32
+    monkeypatch.setitem(BACKENDS, "native", replace(BACKENDS["native"], why_not=lambda: "it was not built"))
+    with pytest.raises(RuntimeError, match=r"no backend can run in int8: .*not native: it was not built"):
+        load_scorer(reported, precision="int8")
+
+
+def test_a_precision_that_nobody_has():
+    bundle = model(5, 64, 1)
+    with pytest.raises(ValueError, match="'int4', the backends have 'fp32', 'int16', 'int8', 'fp64'"):
+        load_scorer(bundle, precision="int4")
+    with pytest.raises(ValueError, match="'int8', backend 'reference' has 'fp64', 'fp32'"):
+        load_scorer(bundle, "reference", precision="int8")
+    assert load_scorer(bundle, "numba", precision="fp32").precision == "fp32"
+    assert load_scorer(bundle, precision="fp64").name == "reference"
+
+
+def test_native_passes_its_precision_on(monkeypatch):
+    bundle = model(5, 64, 1)
+    native_cpu = pytest.importorskip("kernels.native_cpu", reason="the C++ library was not built")
+    given = []
+
+    class Model:
+        isa = "test"
+
+        def __init__(self, **arrays):
+            given.append(arrays.get("precision"))
+
+        def run(self, x, level, levels, energy, score, threads, deterministic):
+            energy[:] = 1
+            return True
+
+    monkeypatch.setattr(native_cpu, "_native", SimpleNamespace(Model=Model))
+    scorers = {p: native_cpu.NativeScorer(bundle, precision=p) for p in native_cpu.PRECISIONS}
+    assert given == [None, "int16", "int8"]
+    assert BACKENDS["native"].dtypes == native_cpu.PRECISIONS
+    x = np.zeros((2, 5), np.float32)
+    for p, scorer in scorers.items():
+        assert scorer.precision == p
+        assert f"({p})" in repr(scorer)
+        assert scorer.energy(x).tolist() == [1, 1]
+    scorers["int16"].energy_and_score(x)
+    for call in (scorers["int8"].energy_and_score, scorers["int8"].attribution):
+        with pytest.raises(ValueError, match="int8 gives energies only; load the model with fp32 or int16"):
+            call(x)
+    with pytest.raises(ValueError, match="precision is 'fp16', expected 'fp32', 'int16', 'int8'"):
+        native_cpu.NativeScorer(bundle, precision="fp16")
 
 
 def test_list_of_backends():

@@ -39,19 +39,28 @@ def test_round_trip(tmp_path, kind):
         assert after.tensors[name].tobytes() == t.tobytes()
     for name, column in vars(before.preprocessing).items():
         np.testing.assert_array_equal(getattr(after.preprocessing, name), column)
+    assert after.reports == {}
     assert sorted(os.listdir(tmp_path / "runs" / "m")) == ["model.json", "model.safetensors"]
     assert os.listdir(tmp_path / "runs") == ["m"]
 
 
 def test_digest_is_of_what_determines_an_energy():
     b = model()
-    assert replace(b, provenance={}, threshold=None).digest == b.digest
+    assert replace(b, provenance={}, threshold=None, reports={"int8": {"n": 1}}).digest == b.digest
     changed = b.tensors | {"w_out": np.nextafter(b.tensors["w_out"], 9)}
     mean = b.preprocessing.mean.copy()
     mean[0] += 1
     others = [model(1), replace(b, tensors=changed), replace(b, default_level=4),
               replace(b, preprocessing=replace(b.preprocessing, mean=mean))]
     assert len({b.digest, *(o.digest for o in others)}) == 5
+
+
+def test_reports_are_kept_and_may_be_absent(tmp_path):
+    reports = {"int8": {"n": 3, "change": {"auroc": None}, "model_digest": model().digest}}
+    replace(model(), reports=reports).save(tmp_path / "m")
+    assert Bundle.load(tmp_path / "m").reports == reports
+    edit(tmp_path / "m", lambda d: d.pop("reports"))  # a bundle of before there were any
+    assert Bundle.load(tmp_path / "m").reports == {}
 
 
 def edit(path, change):
@@ -80,6 +89,8 @@ DAMAGE = {
     "huge": (lambda p: edit(p, lambda d: d["architecture"].update(n_layers=10**9)), "n_layers"),
     "transform": (lambda p: edit(p, lambda d: d["features"][0].update(transform="sqrt")), "m"),
     "threshold": (lambda p: edit(p, lambda d: d["threshold"].pop("energy")), "energy"),
+    "reports": (lambda p: edit(p, lambda d: d.update(reports={"int8": "fine"})), "reports must be a dictionary"),
+    "reports list": (lambda p: edit(p, lambda d: d.update(reports=["int8"])), "reports must be a dictionary"),
     "level": (lambda p: edit(p, lambda d: d.update(default_level=99)), "default_level is 99"),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +121,22 @@ def test_concurrent_calls(library, demo, toy):
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(call, range(100)))
     library.close(handle)
+
+
+@pytest.mark.parametrize("name", [n for n in SCORERS if n.startswith("native")])
+def test_calls_allocate_nothing(installed, name, tmp_path, monkeypatch):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("allocations are counted by replacing the malloc of glibc")
+    monkeypatch.setenv("FUSED_EBM_ISA", make(name, model(21, 60, 2)).isa)
+    write_febm(model(21, 60, 2), tmp_path / "m.febm")
+    program = tmp_path / "allocations"
+    run("g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", ROOT / "tests" / "native" / "allocations.cpp",
+        f"-I{installed / 'include'}", f"-L{installed / 'lib'}", f"-Wl,-rpath,{installed / 'lib'}", "-lfused_ebm",
+        "-pthread", "-o", program)
+    printed = run(program, tmp_path / "m.febm").stdout
+    opening, first, threads, steady = map(int, re.findall(r"\d+", printed))
+    assert (opening > 0, first > 0, threads) == (True, True, 3), printed  # the counter counts, on every thread
+    assert steady == 0, printed
 
 
 def test_what_a_model_says(library, demo):

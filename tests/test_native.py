@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from scorers import events, make, model
+from scorers import INSTRUCTION_SETS, events, make, model
 
 from kernels import load_scorer
 
@@ -31,9 +32,9 @@ def test_bits_depend_neither_on_threads_nor_on_place():
         np.testing.assert_array_equal(a, b[order])
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "generic"])
 def test_deterministic_gives_an_event_the_same_bits_in_any_batch(isa):
-    if f"native-{isa}" not in __import__("scorers").SCORERS:
+    if isa not in INSTRUCTION_SETS:
         pytest.skip(f"this processor has no {isa}")
     scorer = make(f"native-{isa}", model(*ARCHITECTURE), deterministic=True)
     x = events(65, 64)
@@ -57,6 +58,25 @@ def test_concurrent_calls_on_one_scorer():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(300)))
+
+
+def test_calls_into_given_arrays_leave_no_memory():
+    """Python's objects and NumPy's arrays, also for the time of a call; test_c_api.py counts what C++ allocates."""
+    scorer = load_scorer(model(*ARCHITECTURE), "native", threads=3)
+    x = events(64, 64)
+    out = np.empty(64, np.float32), np.empty((64, 64), np.float32)
+
+    def most(calls: int, **options) -> int:
+        tracemalloc.start()
+        for _ in range(calls):
+            scorer.energy_and_score(x, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    most(10, out=out)
+    assert most(1) > x.nbytes  # arrays are counted
+    assert min(most(1000, out=out) for _ in range(3)) < 2048  # other threads of the tests may allocate once
 
 
 def _energy_in_child(scorer, x, results):

@@ -106,20 +106,19 @@ INLINE void few(const Model& m, const Events& events, int64_t first, float* scra
   Vec z[E];
   for (int o = 0; o < hidden; o += kLanes) {
     dot_block<E>(m.matrices[0], o / kLanes, u, inputs, z);
-    for (int e = 0; e < E; ++e) {
+    EACH(e, z) {
       const int64_t level = events.levels ? events.levels[first + e] : events.level;
-      const int at = e * hidden + o;
-      store(h + at, activate<Score>(z[e] + load(m.b_in + level * hidden + o), derivative + at));
+      z[e] += load(m.b_in + level * hidden + o);
     }
+    activate<Score>(z, derivative + o, hidden);
+    EACH(e, z) store(h + e * hidden + o, z[e]);
   }
   for (int i = 0; i < layers; ++i) {
     for (int o = 0; o < hidden; o += kLanes) {
       dot_block<E>(m.matrices[i + 1], o / kLanes, h, hidden, z);
-      for (int e = 0; e < E; ++e) {
-        const int at = e * hidden + o;
-        const Vec a = activate<Score>(z[e] + load(m.b + i * hidden + o), derivative + (i + 1) * kept + at);
-        store(h_next + at, load(h + at) + a);
-      }
+      EACH(e, z) z[e] += load(m.b + i * hidden + o);
+      activate<Score>(z, derivative + (i + 1) * kept + o, hidden);
+      EACH(e, z) store(h_next + e * hidden + o, load(h + e * hidden + o) + z[e]);
     }
     float* swap = h;
     h = h_next;

@@ -59,10 +59,12 @@ float read(const float* data, int64_t size) {
   return sum(sums[0]);
 }
 
+constexpr fused_ebm::Passes kPasses = {0,         kLanes,          kVectors * kLanes, 14, scratch_size,
+                                       tile_pass, all_levels_pass, few_pass};
+
 }  // namespace
 
 namespace fused_ebm {
 extern const Kernels FUSED_EBM_TABLE;
-const Kernels FUSED_EBM_TABLE = {FUSED_EBM_NAME, kLanes,      kVectors * kLanes, kPanel, scratch_size, tile_pass,
-                                 all_levels_pass, few_pass, multiply_add_loop,     read};
+const Kernels FUSED_EBM_TABLE = {FUSED_EBM_NAME, {&kPasses}, kLanes, kPanel, multiply_add_loop, read};
 }  // namespace fused_ebm

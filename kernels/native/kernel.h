@@ -9,7 +9,7 @@ namespace fused_ebm {
 // Widths are padded with zeros to a multiple of this, the widest vector.
 constexpr int kPadding = 16;
 
-// Sizes as the kernels see them: `features` as given, `hidden` padded to a multiple of kPadding by zero weights.
+// Sizes as the kernels see them: `features` as given, `hidden` padded by zero weights.
 struct Sizes {
   int features, hidden, layers, levels;
 };
@@ -28,10 +28,33 @@ struct Matrix {
   const float *blocks, *forward, *backward;
 };
 
+// A matrix in 8-bit digits, as int8.h and digits.h use it: panels of 16 outputs, steps of kStep inputs. Widths are then
+// padded to whole steps.
+constexpr int kStep = 64;
+
+struct DigitMatrix {
+  int panels, steps;
+  // [panel][step][digit][16 groups][output][4 inputs]; input b of group g is 16 (g % 4) + 4 (g / 4) + b of the step, the
+  // order in which digits.h packs activations fastest.
+  const int8_t* weights;
+  const int32_t* offsets;  // [panel][level, then digit][output]: what the sums begin at
+  const float* scale;      // [panel][output]: of the sums, but for the event's own
+};
+struct DigitMatrices {
+  DigitMatrix forward, backward;
+};
+
+// Levels of products of digits that are summed; the offsets of a panel are one row per level and digit of 16 outputs.
+constexpr int levels_of(int digits) { return digits == 3 ? 4 : 2 * digits - 1; }
+
+// The largest whole number that so many balanced digits are made of.
+constexpr float limit_of(int digits) { return digits == 3 ? 127 * 65536.0f : digits == 2 ? 127 * 256.0f : 127.0f; }
+
 struct Model {
   Sizes sizes;
   Preprocessing preprocessing;
-  const Matrix* matrices;  // W_in, W_1, ..., W_n
+  const Matrix* matrices;       // W_in, W_1, ..., W_n as float32, or null
+  const DigitMatrices* digits;  // the same in digits, or null
   const float* b_in;       // (levels, hidden): b_in + emb[k]
   const float* b;          // (layers, hidden)
   const float* w_out;      // (hidden)
@@ -47,10 +70,11 @@ struct Events {
   float* score;   // (n, features) or null
 };
 
-struct Kernels {
-  const char* name;
-  int lanes, tile;  // floats in a vector, events in a full tile
-  int panel;        // outputs of a panel
+// How a model is computed in one precision.
+struct Passes {
+  int digits;       // 8-bit digits of a weight; 0: float32
+  int lanes, tile;  // events go in multiples of the first, at most the second
+  int64_t few;      // up to so many events, few_pass is faster than a tile that is mostly padding (measured)
 
   // Floats of scratch that one thread needs for a model.
   int64_t (*scratch_size)(const Sizes&);
@@ -60,6 +84,14 @@ struct Kernels {
   void (*all_levels_pass)(const Model&, const Events&, int64_t first, int64_t last, float* scratch);
   // The first n events, a few at a time, at the least latency.
   void (*few_pass)(const Model&, const Events&, int64_t n, float* scratch);
+};
+
+enum Precision { kFloat32, kInt16, kInt8, kPrecisions };
+
+struct Kernels {
+  const char* name;
+  const Passes* passes[kPrecisions];  // null where this instruction set has none
+  int lanes, panel;                   // floats in a vector, outputs of a panel of float32 weights
 
   // For measuring the machine: 2 * multiply-adds done, and the sum of an array of floats.
   double (*multiply_add)(int64_t iterations);
@@ -69,6 +101,8 @@ struct Kernels {
 extern const Kernels kGenericKernels;
 #ifdef FUSED_EBM_X86
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+// In digits, by Precision.
+extern const Passes kAmxPasses[kPrecisions], kVnniPasses[kPrecisions];
 #endif
 
 // The best instruction set of this processor, or the one that FUSED_EBM_ISA names. Throws std::runtime_error

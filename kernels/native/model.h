@@ -25,7 +25,8 @@ struct Weights {
 
 class PackedModel {
  public:
-  explicit PackedModel(const Weights& weights);
+  // Throws std::runtime_error where this instruction set does not have the precision.
+  explicit PackedModel(const Weights& weights, Precision precision = kFloat32);
 
   // Scores n events on at most `threads` threads, the caller's among them. The bits of an event depend neither on
   // the threads nor on its place. Up to kSmallBatch events go one by one, summed in another order, unless
@@ -42,9 +43,11 @@ class PackedModel {
   void run_tiles(Pass pass, const Events& events, int64_t n, int threads) const;
 
   const Kernels& kernels_;
+  const Passes& passes_;
   Model model_{};
   Buffer memory_{nullptr, &std::free};
   std::vector<Matrix> matrices_;
+  std::vector<DigitMatrices> digits_;
 };
 
 }  // namespace fused_ebm

@@ -21,6 +21,13 @@ namespace {
 template <class T, int Rank>
 using Array = nb::ndarray<T, nb::ndim<Rank>, nb::c_contig, nb::device::cpu>;
 
+Precision precision_named(const std::string& name) {
+  if (name == "fp32") return kFloat32;
+  if (name == "int16") return kInt16;
+  if (name == "int8") return kInt8;
+  throw nb::value_error(("precision is '" + name + "', expected 'fp32', 'int16' or 'int8'").c_str());
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -135,15 +142,16 @@ NB_MODULE(_native, m) {
            [](PackedModel* self, Array<const float, 2> w_in, Array<const float, 2> b_in, Array<const float, 3> w,
               Array<const float, 2> b, Array<const float, 1> w_out, float b_out, Array<const float, 1> marker,
               Array<const float, 1> impute, Array<const int32_t, 1> transform, Array<const float, 1> scale,
-              Array<const float, 1> mean, Array<const float, 1> inv_std) {
+              Array<const float, 1> mean, Array<const float, 1> inv_std, const std::string& precision) {
              const auto size = [](size_t n) { return static_cast<int>(n); };
              const Sizes sizes{size(w_in.shape(1)), size(w_in.shape(0)), size(w.shape(0)), size(b_in.shape(0))};
              new (self) PackedModel({sizes, w_in.data(), b_in.data(), w.data(), b.data(), w_out.data(), b_out,
                                      marker.data(), impute.data(), scale.data(), mean.data(), inv_std.data(),
-                                     transform.data()});
+                                     transform.data()},
+                                    precision_named(precision));
            },
            "w_in"_a, "b_in"_a, "w"_a, "b"_a, "w_out"_a, "b_out"_a, "marker"_a, "impute"_a, "transform"_a, "scale"_a,
-           "mean"_a, "inv_std"_a)
+           "mean"_a, "inv_std"_a, "precision"_a = "fp32")
       .def("run", &run, "x"_a, "level"_a, "levels"_a.none(), "energy"_a, "score"_a.none(), "threads"_a,
            "deterministic"_a)
       .def("run_all_levels", &run_all_levels, "x"_a.noconvert(), "energies"_a.noconvert(), "threads"_a)

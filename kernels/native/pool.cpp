@@ -6,8 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
-#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -16,60 +14,74 @@ namespace {
 
 constexpr auto kAwake = std::chrono::microseconds(100);  // waking a thread takes about as long
 
-// Waits until the condition holds, at most for a while.
+// Waits until the condition holds, at most for a while: whether it does.
 template <class Condition>
-void spin(const Condition& condition) {
+bool spin(const Condition& condition) {
   const auto end = std::chrono::steady_clock::now() + kAwake;
-  while (!condition() && std::chrono::steady_clock::now() < end) {
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() >= end) return false;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
+  return true;
 }
 
 struct Job {
-  const std::function<void(int64_t)>* task;
+  void (*call)(const void* task, int64_t i);
+  const void* task;
   int64_t count;
+  int wanted;                   // helpers that it may still have
+  std::atomic<int> helpers{0};  // threads at work on it besides the caller
+  Job* after = nullptr;         // in the pool's list; all three are changed under the pool's mutex
   std::atomic<int64_t> next{0};
-  std::atomic<int> helpers{0};  // threads at work on it besides the caller; changed under the pool's mutex
 
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) call(task, i);
   }
 };
 
 class Pool {
  public:
-  void run(Job& job, int helpers) {
+  void run(Job& job) {
+    const int helpers = job.wanted;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (; size_ < helpers; ++size_) std::thread([this] { serve(); }).detach();
-      wanted_.insert(wanted_.end(), helpers, &job);
-      waiting_ += helpers;
+      *link_to(nullptr) = &job;
+      wanted_ += helpers;
     }
     helpers == 1 ? wake_.notify_one() : wake_.notify_all();
     job.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto left = std::remove(wanted_.begin(), wanted_.end(), &job);
-      waiting_ -= static_cast<int>(wanted_.end() - left);
-      wanted_.erase(left, wanted_.end());
+      *link_to(&job) = job.after;
+      wanted_ -= job.wanted;
     }
     const auto done = [&job] { return job.helpers == 0; };
-    spin(done);
+    if (spin(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, done);
   }
 
  private:
+  // What leads to this job in the list, or to its end.
+  Job** link_to(const Job* job) {
+    Job** link = &first_;
+    while (*link != job) link = &(*link)->after;
+    return link;
+  }
+
   void serve() {
+    const auto wanted = [this] { return wanted_ > 0; };
     for (;;) {
-      spin([this] { return waiting_ > 0; });
+      spin(wanted);
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [this] { return !wanted_.empty(); });
-      Job* job = wanted_.front();
-      wanted_.pop_front();
-      --waiting_;
+      wake_.wait(lock, wanted);
+      Job* job = first_;
+      while (job->wanted == 0) job = job->after;
+      --job->wanted;
+      --wanted_;
       ++job->helpers;
       lock.unlock();
       job->work();
@@ -80,8 +92,8 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::deque<Job*> wanted_;       // a job once for every helper that it may still have
-  std::atomic<int> waiting_{0};  // the size of wanted_, to be read without the mutex
+  Job* first_ = nullptr;        // the calls under way: a list within the jobs, so that none allocates
+  std::atomic<int> wanted_{0};  // by all of them together, to be read without the mutex
   int size_ = 0;
 };
 
@@ -105,13 +117,9 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  Job job;
-  job.task = &task;
-  job.count = count;
-  const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
-  if (helpers <= 0) return job.work();
-  the_pool().run(job, helpers);
+void parallel_for(int64_t count, int threads, void (*call)(const void* task, int64_t i), const void* task) {
+  Job job{call, task, count, static_cast<int>(std::min<int64_t>(threads, count)) - 1};
+  job.wanted > 0 ? the_pool().run(job) : job.work();
 }
 
 }  // namespace fused_ebm

@@ -51,6 +51,10 @@ INLINE FeatureVec feature(const Preprocessing& p, int j) {
 // The longest chain of rounding errors: longer sums are made in parts, so that a wide layer is no less accurate.
 constexpr int kChain = 256;
 
+// Outputs that an epilogue takes together, so that it does not wait for itself.
+template <int Vectors>
+constexpr int kTogether = Vectors == 1 ? 4 : Vectors == 2 ? 2 : 1;
+
 // The micro-kernel: Outputs x Vectors sums over `depth` inputs, all in registers.
 template <int Outputs, int Vectors, class Epilogue>
 INLINE void panel(const float* w, const float* in, int depth, int first, const Epilogue& epilogue) {
@@ -76,14 +80,17 @@ INLINE void panel(const float* w, const float* in, int depth, int first, const E
       }
     }
   }
+  if (depth > kChain) EACH(i, sums) sums[i / Vectors][i % Vectors] += parts[i / Vectors][i % Vectors];
 #pragma GCC unroll 16
-  for (int o = 0; o < Outputs; ++o)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v)
-      epilogue(first + o, v, depth > kChain ? parts[o][v] + sums[o][v] : sums[o][v]);
+  for (int o = 0; o < Outputs; o += kTogether<Vectors>) {
+    Vec z[kTogether<Vectors> * Vectors];
+    EACH(i, z) z[i] = sums[o + i / Vectors][i % Vectors];
+    epilogue(first + o, z);
+  }
 }
 
-// out[o] = sum_k w[o][k] in[k] for `rows` outputs (a multiple of 4), each handed to the epilogue.
+// out[o] = sum_k w[o][k] in[k] for `rows` outputs (a multiple of 4); an epilogue takes the vectors of a few together:
+// that of output o + i / Vectors and vector i % Vectors is z[i].
 template <int Vectors, class Epilogue>
 __attribute__((noinline)) void layer(const float* w, const float* in, int rows, int depth, const Epilogue& epilogue) {
   int o = 0;
@@ -134,12 +141,13 @@ INLINE void read_tile(const Model& m, const float* x, int count, TileScratch& t)
   }
 }
 
-// silu(z), and silu'(z) where it is kept.
-template <bool Keep>
-INLINE Vec activate(Vec z, float* derivative) {
-  const Vec s = sigmoid(z), a = z * s;
-  if constexpr (Keep) store(derivative, multiply_add(a, 1.0f - s, s));
-  return a;
+// silu(z) in place of z, and where it is kept silu'(z), the vectors of it `stride` floats apart.
+template <bool Keep, int N>
+INLINE void activate(Vec (&z)[N], float* derivative, int stride = kLanes) {
+  Vec s[N];
+  sigmoid(z, s);
+  EACH(i, z) z[i] *= s[i];
+  if constexpr (Keep) EACH(i, z) store(derivative + i * stride, multiply_add(z[i], 1.0f - s[i], s[i]));
 }
 
 // The residual layers from h_0 (in t.h), energy of each event out. With Keep, the derivatives are kept and
@@ -154,19 +162,24 @@ INLINE void forward(const Model& m, TileScratch& t, Vec (&energy)[Vectors]) {
     const float *b = m.b + i * hidden, *h = t.h, *w_out = m.w_out;
     float *h_next = t.h_next, *q = t.q, *derivative = t.derivative + (i + 1) * hidden * kWidth;
     if (i + 1 < layers) {
-      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, int v, Vec sum) {
-        const int at = o * kWidth + v * kLanes;
-        store(h_next + at, load(h + at) + activate<Keep>(sum + b[o], derivative + at));
+      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, auto& z) {
+        EACH(j, z) z[j] += b[o + j / Vectors];
+        activate<Keep>(z, derivative + o * kWidth);
+        EACH(j, z) store(h_next + o * kWidth + j * kLanes, load(h + o * kWidth + j * kLanes) + z[j]);
       });
     } else {
       Vec *e = energy, *c = lost;
-      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, int v, Vec sum) {
-        const int at = o * kWidth + v * kLanes;
-        const Vec last = load(h + at) + activate<Keep>(sum + b[o], q + at);
-        const Vec term = w_out[o] * last - c[v], grown = e[v] + term;
-        c[v] = (grown - e[v]) - term;
-        e[v] = grown;
-        if constexpr (Keep) store(q + at, w_out[o] * load(q + at));
+      layer<Vectors>(m.matrices[i + 1].forward, h, hidden, hidden, [=](int o, auto& z) {
+        EACH(j, z) z[j] += b[o + j / Vectors];
+        activate<Keep>(z, q + o * kWidth);
+        EACH(j, z) {
+          const int at = o * kWidth + j * kLanes, v = j % Vectors;
+          const float w = w_out[o + j / Vectors];
+          const Vec term = w * (load(h + at) + z[j]) - c[v], grown = e[v] + term;
+          c[v] = (grown - e[v]) - term;
+          e[v] = grown;
+          if constexpr (Keep) store(q + at, w * load(q + at));
+        }
       });
     }
     float* swap = t.h;
@@ -185,11 +198,13 @@ INLINE void backward(const Model& m, TileScratch& t) {
     const bool first = i == layers;  // g_n is w_out itself
     const float *w_out = m.w_out, *derivative = t.derivative + (i - 1) * hidden * kWidth;
     float *g = t.g, *q_next = t.q_next;
-    layer<Vectors>(m.matrices[i].backward, t.q, hidden, hidden, [=](int o, int v, Vec sum) {
-      const int at = o * kWidth + v * kLanes;
-      const Vec g_o = (first ? broadcast(w_out[o]) : load(g + at)) + sum;
-      store(g + at, g_o);
-      store(q_next + at, g_o * load(derivative + at));
+    layer<Vectors>(m.matrices[i].backward, t.q, hidden, hidden, [=](int o, const auto& z) {
+      EACH(j, z) {
+        const int at = o * kWidth + j * kLanes;
+        const Vec g_o = (first ? broadcast(w_out[o + j / Vectors]) : load(g + at)) + z[j];
+        store(g + at, g_o);
+        store(q_next + at, g_o * load(derivative + at));
+      }
     });
     float* swap = t.q;
     t.q = t.q_next;
@@ -197,7 +212,7 @@ INLINE void backward(const Model& m, TileScratch& t) {
   }
   float* u = t.u;
   layer<Vectors>(m.matrices[0].backward, t.q, round_up(m.sizes.features, 4), hidden,
-                 [=](int j, int v, Vec sum) { store(u + j * kWidth + v * kLanes, sum); });
+                 [=](int j, const auto& z) { EACH(i, z) store(u + j * kWidth + i * kLanes, z[i]); });
 }
 
 template <int Vectors, bool Score>
@@ -210,18 +225,20 @@ INLINE void tile(const Model& m, const Events& events, int64_t first, int count,
   const float* b_in = m.b_in + static_cast<int64_t>(events.level) * hidden;
   float *h = t.h, *derivative = t.derivative, *bias = t.bias;
   if (events.levels == nullptr) {
-    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, int v, Vec sum) {
-      const int at = o * kWidth + v * kLanes;
-      store(h + at, activate<Score>(sum + b_in[o], derivative + at));
+    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, auto& z) {
+      EACH(i, z) z[i] += b_in[o + i / Vectors];
+      activate<Score>(z, derivative + o * kWidth);
+      EACH(i, z) store(h + o * kWidth + i * kLanes, z[i]);
     });
   } else {
     for (int e = 0; e < kWidth; ++e) {
       const float* row = m.b_in + static_cast<int64_t>(events.levels[first + (e < count ? e : 0)]) * hidden;
       for (int o = 0; o < hidden; ++o) bias[o * kWidth + e] = row[o];
     }
-    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, int v, Vec sum) {
-      const int at = o * kWidth + v * kLanes;
-      store(h + at, activate<Score>(sum + load(bias + at), derivative + at));
+    layer<Vectors>(m.matrices[0].forward, t.u, hidden, features, [=](int o, auto& z) {
+      EACH(i, z) z[i] += load(bias + o * kWidth + i * kLanes);
+      activate<Score>(z, derivative + o * kWidth);
+      EACH(i, z) store(h + o * kWidth + i * kLanes, z[i]);
     });
   }
 
@@ -247,12 +264,15 @@ INLINE void tile_all_levels(const Model& m, const Events& events, int64_t first,
   read_tile<Vectors>(m, events.x + first * features, count, t);
   float* projected = t.g;
   layer<Vectors>(m.matrices[0].forward, t.u, hidden, features,
-                 [=](int o, int v, Vec sum) { store(projected + o * kWidth + v * kLanes, sum); });
+                 [=](int o, const auto& z) { EACH(i, z) store(projected + o * kWidth + i * kLanes, z[i]); });
   for (int k = 0; k < levels; ++k) {
     const float* b_in = m.b_in + static_cast<int64_t>(k) * hidden;
-    for (int o = 0; o < hidden; ++o)
-      for (int v = 0; v < kWidth; v += kLanes)
-        store(t.h + o * kWidth + v, activate<false>(load(projected + o * kWidth + v) + b_in[o], nullptr));
+    for (int o = 0; o < hidden; o += kTogether<Vectors>) {
+      Vec z[kTogether<Vectors> * Vectors];
+      EACH(i, z) z[i] = load(projected + o * kWidth + i * kLanes) + b_in[o + i / Vectors];
+      activate<false>(z, nullptr);
+      EACH(i, z) store(t.h + o * kWidth + i * kLanes, z[i]);
+    }
     Vec energy[Vectors];
     forward<Vectors, false>(m, t, energy);
     for (int e = 0; e < count; ++e) events.energy[(first + e) * levels + k] = energy[e / kLanes][e % kLanes];

@@ -52,20 +52,6 @@ INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// 1 / x for x in [1, 2^127): an estimate and Newton steps, since a division takes as long as 30 products.
-INLINE Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-  Vec r = _mm512_rcp14_ps(x);
-  return multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
-#elif defined(__AVX2__)
-  Vec r = _mm256_rcp_ps(x);
-  r = multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
-  return multiply_add(r, multiply_add(-x, r, broadcast(1.0f)), r);
-#else
-  return 1.0f / x;
-#endif
-}
-
 INLINE Vec square_root(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_sqrt_ps(x);
@@ -89,21 +75,46 @@ INLINE Vec clamp(Vec x, float limit) {
 #endif
 }
 
-// sig(z) = 1 / (1 + exp(-z)); the clamp keeps the exponential finite. exp(-z) = 2^n 2^f with n whole: adding
-// 1.5 * 2^23 rounds to n and leaves it in the low bits, ready to be moved into the exponent. The polynomial for 2^f is
-// minimax on [-1/2, 1/2]: 2e-9.
-INLINE Vec sigmoid(Vec z) {
+// A few vectors together, step by step: one after the other, each would wait for itself.
+#define EACH(i, vectors) _Pragma("GCC unroll 32") for (int i = 0; i < static_cast<int>(sizeof(vectors) / sizeof(Vec)); ++i)
+
+// 1 / x for x in [1, 2^127): an estimate and Newton steps, since a division takes as long as 30 products.
+template <int N>
+INLINE void reciprocal(const Vec (&x)[N], Vec (&r)[N]) {
+#if defined(__AVX512F__)
+  EACH(i, r) r[i] = _mm512_rcp14_ps(x[i]);
+  constexpr int kSteps = 1;
+#elif defined(__AVX2__)
+  EACH(i, r) r[i] = _mm256_rcp_ps(x[i]);
+  constexpr int kSteps = 2;
+#else
+  EACH(i, r) r[i] = 1.0f / x[i];
+  constexpr int kSteps = 0;
+#endif
+  for (int step = 0; step < kSteps; ++step) {
+    Vec left[N];
+    EACH(i, left) left[i] = multiply_add(-x[i], r[i], broadcast(1.0f));
+    EACH(i, r) r[i] = multiply_add(left[i], r[i], r[i]);
+  }
+}
+
+// sig(z) = 1 / (1 + exp(-z)).
+// exp(-z) = 2^n 2^f with n whole: adding 1.5 * 2^23 rounds to n and leaves it in the low bits, ready to be moved into the
+// exponent. The polynomial for 2^f is minimax on [-1/2, 1/2]: 2e-9. The clamp keeps the exponential finite.
+template <int N>
+INLINE void sigmoid(const Vec (&z)[N], Vec (&s)[N]) {
   constexpr float kLog2e = 1.44269504088896341f, kRound = 12582912.0f;
   constexpr float kCoefficients[] = {1.339993145e-3f, 9.618488961e-3f, 5.550328776e-2f,
                                      2.402264689e-1f, 6.931472057e-1f, 1.0f};
-  const Vec x = clamp(z, 87.0f);
-  const Vec shifted = multiply_add(x, broadcast(-kLog2e), broadcast(kRound));
-  const Vec f = multiply_add(x, broadcast(-kLog2e), kRound - shifted);
-  Vec p = broadcast(1.53458115e-4f);
+  Vec x[N], shifted[N], f[N], p[N];
+  EACH(i, x) x[i] = clamp(z[i], 87.0f);
+  EACH(i, shifted) shifted[i] = multiply_add(x[i], broadcast(-kLog2e), broadcast(kRound));
+  EACH(i, f) f[i] = multiply_add(x[i], broadcast(-kLog2e), kRound - shifted[i]);
+  EACH(i, p) p[i] = multiply_add(broadcast(1.53458115e-4f), f[i], broadcast(kCoefficients[0]));
 #pragma GCC unroll 8
-  for (const float c : kCoefficients) p = multiply_add(p, f, broadcast(c));
-  const Vec exp = as_float(as_int(p) + (as_int(shifted) << 23));
-  return reciprocal(1.0f + exp);
+  for (int c = 1; c < 6; ++c) EACH(i, p) p[i] = multiply_add(p[i], f[i], broadcast(kCoefficients[c]));
+  EACH(i, p) p[i] = 1.0f + as_float(as_int(p[i]) + (as_int(shifted[i]) << 23));
+  reciprocal(p, s);
 }
 
 // log(1 + a) for a >= 0, accurate near 0; Inf and NaN stay what they are.
