@@ -38,6 +38,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*)
 
 demo: setup  ## train the committed demo model again (toy events, seed 0: half a minute)
 	$(RUN) -m ebm train toy --out models/demo
+	-$(RUN) -m kernels calibrate models/demo toy
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info kernels/_native*.so

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ebm.bundle import Bundle
 from kernels import BACKENDS, Scorer, load_scorer
 
 TASKS = (ENERGY, ENERGY_AND_SCORE)
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
 _TAKE_THREADS = ("native", "numba")
 _REPEATS = 16  # of one input inside C++, then the next input
 
@@ -32,6 +34,15 @@ class Contender:
     function: Callable[[str, int], Callable[[np.ndarray], Any]]
     load_s: float
     scorer: Scorer | None = None  # of ours
+
+    @property
+    def peak(self) -> str:
+        """The rate in `limits` that bounds it."""
+        return "tile_gflops" if getattr(self.scorer, "isa", None) == "amx" else "fma_gflops"
+
+    def can(self, task: str) -> bool:
+        """Whether it gives what the task asks for."""
+        return task == ENERGY or self.scorer is None or self.scorer.gives_score
 
     def inside(self, task: str, threads: int) -> Callable[[np.ndarray], list[float]] | None:
         """x -> seconds of some calls, measured inside C++; None where the backend cannot tell."""
@@ -50,10 +61,10 @@ class Contender:
 
 
 def scorer_names() -> list[str]:
-    """Everything that --backend can name: plain backends, backend-precision, and peers."""
+    """Everything that --backend can name: plain backends, backend-precision, native@instruction-set, and peers."""
     ours = [name if i == 0 else f"{name}-{precision}"
             for name, b in BACKENDS.items() for i, precision in enumerate(b.dtypes)]
-    return [*ours, *peers.PEERS]
+    return [*ours, *(f"native@{isa}" for isa in INSTRUCTION_SETS), *peers.PEERS]
 
 
 def build(name: str, bundle: Bundle, threads: int, not_run: dict[str, str], named: bool) -> Contender | None:
@@ -79,7 +90,8 @@ def _build_peer(name: str, bundle: Bundle, threads: int) -> Contender:
 
 
 def _build_own(name: str, bundle: Bundle, threads: int) -> Contender:
-    backend, _, precision = name.partition("-")
+    name_of_backend, _, isa = name.partition("@")
+    backend, _, precision = name_of_backend.partition("-")
     if why_not := BACKENDS[backend].why_not_for(bundle.architecture.kind):
         raise RuntimeError(why_not)
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -89,9 +101,22 @@ def _build_own(name: str, bundle: Bundle, threads: int) -> Contender:
     if precision:
         options["precision"] = precision
     start = time.perf_counter()
-    scorer = load_scorer(bundle, backend, **options)
+    with _instruction_set(isa):
+        scorer = load_scorer(bundle, backend, **options)
     return Contender(name, False, scorer.device, scorer.precision, lambda task, batch: getattr(scorer, task),
                      time.perf_counter() - start, scorer)
+
+
+@contextmanager
+def _instruction_set(isa: str) -> Iterator[None]:
+    """The C++ kernels of that instruction set, or of the one chosen without a name."""
+    before = os.environ.get("FUSED_EBM_ISA")
+    if isa:
+        os.environ["FUSED_EBM_ISA"] = isa
+    try:
+        yield
+    finally:
+        os.environ.pop("FUSED_EBM_ISA", None) if before is None else os.environ.update(FUSED_EBM_ISA=before)
 
 
 def sentence(e: Exception) -> str:

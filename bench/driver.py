@@ -86,7 +86,7 @@ def _result(row: Row, a: Architecture, found: dict[str, float | None]) -> dict:
     if row.device == "cpu":
         one, score = row.threads == 1, row.task == ENERGY_AND_SCORE
         # A single event reads every weight once per direction and computes next to nothing.
-        r["limit"] = "read_gbps_600k" if row.batch == 1 else "fma_gflops_1t" if one else "fma_gflops_all"
+        r["limit"] = "read_gbps_600k" if row.batch == 1 else row.peak + ("_1t" if one else "_all")
         work = n_weights(a) * 4 * (1 + score) if row.batch == 1 else flop_per_event(a, score) * row.batch
         if row.p50_us and found[r["limit"]]:
             r["share_of_limit"] = work / (row.p50_us * 1e3) / found[r["limit"]]

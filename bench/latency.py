@@ -13,7 +13,9 @@ from bench.measure import Plan
 from bench.options import MOST_EVENTS, TOY, number, run, split
 from bench.peers import DEFAULT_PEERS, ENERGY_AND_SCORE, PEERS
 from bench.report import plot, print_report
+from kernels.registry import REDUCED
 
+_OTHER_WAYS = ("native@avx512", *(f"native-{precision}" for precision in REDUCED))
 _SLOW_PEERS = tuple(name for name in PEERS if name not in DEFAULT_PEERS)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -51,7 +53,8 @@ def main(
     data: Annotated[str, typer.Option(help="Events: a file, or toy:N.")] = TOY,
     quick: Annotated[bool, typer.Option("--quick", help="Batches 1 and 64, one thread: under a minute.")] = False,
     full: Annotated[bool, typer.Option(
-        "--full", help="All batches to 65536, energy alone too, torch.compile also tuned: up to 30 minutes.")] = False,
+        "--full", help="All batches to 65536, energy alone too, torch.compile also tuned, native also in AVX-512 alone "
+                       "and in reduced precision: up to 30 minutes.")] = False,
     busy: Annotated[bool, typer.Option(
         "--busy", help="While timing, another process spins on every core: compare the p99.")] = False,
     json: Annotated[str | None, typer.Option(help="Write the report to this file; - for standard output.")] = None,
@@ -82,7 +85,7 @@ def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[
     elif full:
         batches, counts = batches or [1, 8, 64, 512, 4096, 65536], counts or [1, cores]
         pace = {"seconds": 2.0, "limit_s": 1000.0, "tasks": TASKS,
-                "extra_peers": _SLOW_PEERS, "preallocated": True}
+                "extra": (*_SLOW_PEERS, *_OTHER_WAYS), "preallocated": True}
     else:
         batches, counts, pace = batches or [1, 64, 4096], counts or [1, cores], {"seconds": 1.5, "limit_s": 200.0}
     pace.setdefault("tasks", (ENERGY_AND_SCORE,))

@@ -61,13 +61,17 @@ def versions() -> dict[str, str | None]:
 
 
 def limits(cores: int) -> dict[str, float | None]:
-    """Multiply-add peak and read bandwidth of one core, and the peak of all; None without the C++ library."""
-    names = ("fma_gflops_1t", "fma_gflops_all", "read_gbps_600k", "read_gbps_64m")
+    """Multiply-add peaks and read bandwidth of one core, and the peaks of all; None without the C++ library.
+
+    `tile_gflops`: float32 accuracy from three 8-bit digits on the tiles of AMX; None without them.
+    """
+    names = ("fma_gflops_1t", "fma_gflops_all", "tile_gflops_1t", "tile_gflops_all", "read_gbps_600k", "read_gbps_64m")
     try:
-        from kernels._native import fma_gflops, read_gbps
+        from kernels._native import fma_gflops, read_gbps, tile_gflops
     except ImportError:
         return dict.fromkeys(names)
-    found = fma_gflops(1), fma_gflops(cores), read_gbps(600_000, 0.1), read_gbps(64_000_000, 0.2)
+    found = (fma_gflops(1), fma_gflops(cores), tile_gflops(1), tile_gflops(cores), read_gbps(600_000, 0.1),
+             read_gbps(64_000_000, 0.2))
     return dict(zip(names, found))
 
 

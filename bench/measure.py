@@ -35,7 +35,7 @@ class Plan:
     batches: tuple[int, ...]
     threads: tuple[int, ...]
     tasks: tuple[str, ...] = (ENERGY_AND_SCORE,)
-    extra_peers: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()  # contenders besides those
     seconds: float = 1.5  # of samples per contender, task, batch and thread count
     limit_s: float = 200.0  # of the whole run: samples are cut short to keep it
     check_events: int = CHECK_EVENTS
@@ -56,6 +56,7 @@ class Row:
     task: str
     batch: int
     precision: str
+    peak: str = "fma_gflops"  # the rate of the machine that bounds it
     first_call_s: float | None = None
     rel_rms_energy: float | None = None
     rel_rms_score: float | None = None
@@ -89,7 +90,7 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
     """
     start = time.perf_counter()
     result = Measured()
-    names = plan.scorers or (*BACKENDS, *peers.DEFAULT_PEERS, *plan.extra_peers)
+    names = plan.scorers or (*BACKENDS, *peers.DEFAULT_PEERS, *plan.extra)
     cells = [(task, batch) for task in plan.tasks for batch in plan.batches]
     steps, done = len(names) * len(cells) + 3 * len(cells), 0
 
@@ -104,6 +105,9 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
         notify(name, "loading", done / steps)
         contender = build(name, bundle, threads, result.not_run, named=plan.scorers is not None)
         for task, batch in cells if contender else ():
+            done += 1
+            if not contender.can(task):
+                continue
             notify(name, f"first call and agreement, batch {batch}", done / steps)
             row, call = _check(contender, task, batch, threads, events, truth)
             result.rows.append(row)
@@ -113,7 +117,6 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
             if name + _INSIDE in ready[task, batch]:
                 result.rows.append(replace(row, timing=KERNEL, first_call_s=None))
                 rows[task, batch, name + _INSIDE] = result.rows[-1]
-            done += 1
         done += 0 if contender else len(cells)
 
     products = sgemm_contenders(bundle.architecture) if plan.products else {}
@@ -153,7 +156,7 @@ def _check(contender: Contender, task: str, batch: int, threads: int, events: np
            truth: Sequence[np.ndarray]) -> tuple[Row, Callable[[np.ndarray], Any] | None]:
     """First call, then the agreement on the fixed events in calls of this batch size, which also warms up."""
     c = contender
-    row = Row(c.name, c.peer, c.device, threads, task, batch, c.precision)
+    row = Row(c.name, c.peer, c.device, threads, task, batch, c.precision, c.peak)
     n_check = len(truth[0])
     spread = np.linspace(0, batch - 1, _MOST_CHECKED).astype(int) if batch > _MOST_CHECKED else slice(None)
     try:

@@ -12,12 +12,18 @@ from rich.text import Text
 
 from bench.peers import ENERGY_AND_SCORE
 from ebm.command import whole_file
+from kernels.registry import REDUCED
 
 _GROUP = ("task", "threads", "batch")
 # Okabe and Ito, then two of Tol: told apart by colour-blind readers; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888", "#882255",
             "#332288")
 MARKERS = "osD^vP*X<>"
+
+
+def marker(i: int) -> str:
+    """Of the i-th line: none has the colour and the marker of another."""
+    return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
 
 
 def best_peer(rows: list[dict], row: dict) -> dict | None:
@@ -64,7 +70,9 @@ def about(report: dict, rows: list[dict]) -> list[str]:
     lines = [f"{m['cpu']}, {m['cores']} cores, {m['os']}; steal {_percent(m['steal'])}; {m['run_s']:.0f} s; "
              f"commit {report['commit']}{load}"]
     if lim["fma_gflops_1t"]:
-        lines.append(f"limits: FMA {lim['fma_gflops_1t']:.0f} GFLOP/s on one core, {lim['fma_gflops_all']:.0f} on all; "
+        tiles, every = lim["tile_gflops_1t"], lim["tile_gflops_all"]
+        lines.append(f"limits: FMA {lim['fma_gflops_1t']:.0f} GFLOP/s on one core, {lim['fma_gflops_all']:.0f} on all"
+                     f"{f', tiles of AMX {tiles:.0f} and {every:.0f}' if tiles else ''}; "
                      f"reading 600 KB {lim['read_gbps_600k']:.0f} GB/s, 64 MB {lim['read_gbps_64m']:.0f} GB/s")
     else:
         lines.append("limits: not measured, the C++ library is not built")
@@ -80,8 +88,8 @@ def about(report: dict, rows: list[dict]) -> list[str]:
 def summary(report: dict, rows: list[dict]) -> Group:
     """About the run, what Python costs, and the ratios that matter."""
     lines = about(report, rows) + _python(rows) + _ratios(rows)
-    notes = ["err: RMS error against float64 (E / std E; score / its RMS). limit: share of r (read bandwidth) or f "
-             "(FMA peak). first: seconds to build and make the first call.",
+    notes = ["err: RMS error against float64 (E / std E; score / its RMS). limit: share of r (read bandwidth), f "
+             "(FMA peak) or t (peak of the tiles of AMX). first: seconds to build and make the first call.",
              "vs peer: p50 of the fastest correct peer / p50. budget: p99 of a call (the slowest where p99 is -) at "
              "batch 1, per event beyond: < 50 ms CPU, < 5 ms GPU. -: too few samples, or not measured. "
              "(C++): timed inside the library, without Python and without new arrays."]
@@ -104,7 +112,8 @@ def _python(rows: list[dict]) -> list[str]:
 def _ratios(rows: list[dict]) -> list[str]:
     lines = []
     for key in dict.fromkeys(tuple(r[k] for k in _GROUP) for r in rows):
-        ours = [r for r in _calls(rows) if not r["peer"] and r["p50_us"] and tuple(r[k] for k in _GROUP) == key]
+        ours = [r for r in _calls(rows) if not r["peer"] and r["p50_us"] and r["precision"] not in REDUCED
+                and tuple(r[k] for k in _GROUP) == key]
         first = min(ours, key=lambda r: r["p50_us"], default=None)
         peer = best_peer(rows, first) if first else None
         if peer:
@@ -141,7 +150,8 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     tasks = {r["task"] for r in rows}
-    rows = [r for r in _calls(rows) if r["p50_us"] and (r["task"] == ENERGY_AND_SCORE or ENERGY_AND_SCORE not in tasks)]
+    shown = ENERGY_AND_SCORE if ENERGY_AND_SCORE in tasks else next(iter(tasks), "")
+    rows = [r for r in _calls(rows) if r["p50_us"] and r["task"] == shown and r["precision"] not in REDUCED]
     threads = sorted({r["threads"] for r in rows}) or [1]
     scorers = sorted({(r["peer"], r["scorer"]) for r in rows})
     fig, axes = plt.subplots(1, len(threads), figsize=(5.5 * len(threads) + 2, 5), sharey=True, squeeze=False,
@@ -149,7 +159,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for ax, n in zip(axes[0], threads):
         for i, (peer, name) in enumerate(scorers):
             line = sorted((r["batch"], r["p50_us"]) for r in rows if r["scorer"] == name and r["threads"] == n)
-            ax.loglog(*zip(*line) if line else ([], []), marker=MARKERS[i % len(MARKERS)], label=name,
+            ax.loglog(*zip(*line) if line else ([], []), marker=marker(i), label=name,
                       color=COLOURS[i % len(COLOURS)], lw=1.2 if peer else 3, ls="--" if peer else "-",
                       ms=5 if peer else 7)
         batches = sorted({r["batch"] for r in rows})
@@ -197,7 +207,7 @@ def _percent(fraction: float | None) -> str:
 
 
 def _limit(name: str) -> str:
-    return "r" if name.startswith("read") else "f"
+    return name[0]
 
 
 def _verdict(r: dict) -> Text:

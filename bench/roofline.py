@@ -20,7 +20,7 @@ from rich.table import Table
 from bench.machine import flop_per_event, n_weights
 from bench.options import check_outputs
 from bench.peers import ENERGY_AND_SCORE
-from bench.report import COLOURS, MARKERS, label, task_name
+from bench.report import COLOURS, label, marker, task_name
 from ebm.bundle import Architecture
 
 TILE = 32  # events that share one reading of the weights
@@ -88,7 +88,8 @@ def points(report: dict, task: str) -> list[dict]:
 def roof(point: dict, limits: dict) -> float:
     """The most GFLOP/s at that point: all weights within reach of the core (600 KB), on as many cores as threads."""
     cores = 1 if point["batch"] == 1 else point["threads"]  # a single event is not worth a second one
-    peak = limits["fma_gflops_1t"] if cores == 1 else min(cores * limits["fma_gflops_1t"], limits["fma_gflops_all"])
+    rate = "tile_gflops" if point["limit"].startswith("tile") else "fma_gflops"
+    peak = limits[rate + "_1t"] if cores == 1 else min(cores * limits[rate + "_1t"], limits[rate + "_all"])
     return min(peak, cores * point["flop_per_byte"] * limits["read_gbps_600k"])
 
 
@@ -125,7 +126,7 @@ def plot(found: list[dict], report: dict, task: str, path: Path) -> None:
             ours, inside = not key[0], key[2] != "call"
             ax.plot([x_of[p["batch"]] for p in mine], [p["gflops"] for p in mine], ls="-" if ours else "--",
                     lw=1 if ours else 0.6, alpha=0.95, color=COLOURS[i % len(COLOURS)],
-                    marker=MARKERS[i % len(MARKERS)], ms=8 if ours else 6, label=label(mine[0]) if mine else "",
+                    marker=marker(i), ms=8 if ours else 6, label=label(mine[0]) if mine else "",
                     mfc="none" if inside else None, mew=1.6 if inside else 0.8, zorder=4 if ours else 3)
         _draw_roofs(ax, report["limits"], n, least, most)
         ax.set(xscale="log", yscale="log", xlim=(least, most), title=f"{n} thread{'s' if n > 1 else ''}")
@@ -150,13 +151,17 @@ def _side_by_side(found: list[dict]) -> dict[int, float]:
 
 def _draw_roofs(ax: Any, limits: dict, threads: int, least: float, most: float) -> None:
     one, every = limits["fma_gflops_1t"], limits["fma_gflops_all"]
+    tiles = limits.get("tile_gflops_1t" if threads == 1 else "tile_gflops_all")
     grey = {"color": "#444444", "zorder": 1}
     for rate, name, style in ((limits["read_gbps_600k"], "600 KB", "-"), (limits["read_gbps_64m"], "64 MB", "--")):
-        ends = (least, min(most, (one if threads == 1 else every) / rate))
+        ends = (least, min(most, (tiles or (one if threads == 1 else every)) / rate))
         ax.plot(ends, [x * rate for x in ends], lw=1.3, ls=style, label=f"reading {name}, 1 thread: {rate:.0f} GB/s",
                 **grey)
     for peak, name, style in ((one, "1 thread", (0, (6, 2, 1, 2))), (every, "all threads", (0, (1, 1.5)))):
         ax.axhline(peak, lw=1.8, ls=style, label=f"FMA, {name}: {peak:.0f} GFLOP/s", **grey)
+    if tiles:
+        name = "1 thread" if threads == 1 else "all threads"
+        ax.axhline(tiles, lw=1.8, ls=(0, (6, 2)), label=f"tiles of AMX, {name}: {tiles:.0f} GFLOP/s", **grey)
 
 
 def _name_batches(ax: Any, x_of: dict[int, float]) -> None:

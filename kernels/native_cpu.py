@@ -34,6 +34,7 @@ class NativeScorer(Scorer):
             raise ValueError(f"precision is {precision!r}, expected {', '.join(map(repr, PRECISIONS))}")
         super().__init__(bundle, **options)
         self.precision = precision
+        self.gives_score = precision != "int8"
         self.threads = check_threads(threads)
         self.deterministic = deterministic
         packed = asdict(pack(bundle, self.preprocess))
@@ -44,7 +45,7 @@ class NativeScorer(Scorer):
         return self._energy_and_score(x, k, energy, None)
 
     def _energy_and_score(self, x, k, energy, score):
-        if score is not None and self.precision == "int8":
+        if score is not None and not self.gives_score:
             raise ValueError("precision int8 gives energies only; load the model with fp32 or int16 for scores")
         level, levels = (k, None) if isinstance(k, int) else (0, k)
         return self._model.run(x, level, levels, energy, score, self.threads, self.deterministic)

@@ -140,8 +140,8 @@ def _check_precision(precision: str | None, who_has: str, *backends: Backend) ->
 
 
 def _check_report(bundle: Bundle, precision: str) -> None:
-    report = bundle.reports.get(precision)
-    if report is None or report.get("model_digest") != bundle.digest:
-        state = "this model has none" if report is None else "the one in this model is of another model"
+    report, threshold = bundle.reports.get(precision), bundle.threshold and bundle.threshold.energy
+    if report is None or (report.get("model_digest"), report.get("threshold")) != (bundle.digest, threshold):
+        state = "this model has none" if report is None else "the one in this model is of another model or threshold"
         raise ValueError(f"precision {precision!r} is offered only with its physics report, and {state}: run "
                          "'python -m kernels calibrate MODEL DATA'")

@@ -32,6 +32,7 @@ class Scorer:
     name: str
     device: str = "cpu"
     precision: str = "fp32"
+    gives_score: bool = True
     dtype: type[np.floating] = np.float32
 
     def __init__(self, bundle: Bundle, *, preprocess: bool = True, on_nonfinite: str = "raise"):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.metadata import metadata
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from scorers import events, model
 
@@ -81,8 +80,8 @@ def test_no_reduced_precision_without_its_report(monkeypatch):
     for backend in ("native", "auto"):
         with pytest.raises(ValueError, match=r"'int8' is offered only .* has none: run 'python -m kernels calibrate"):
             load_scorer(bundle, backend, precision="int8")
-        other = replace(bundle, reports={"int8": {"model_digest": "0" * 64}, "int16": {"model_digest": bundle.digest}})
-        with pytest.raises(ValueError, match="of another model: run 'python -m kernels calibrate MODEL DATA'"):
+        other = replace(bundle, reports={p: {"model_digest": "0" * 64, "threshold": None} for p in ("int8", "int16")})
+        with pytest.raises(ValueError, match="of another model or threshold: run 'python -m kernels calibrate"):
             load_scorer(other, backend, precision="int8")
 
 
@@ -96,7 +95,7 @@ def test_auto_takes_a_reduced_precision_only_when_asked(monkeypatch):
     monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], why_not=lambda: None))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     bundle = model(5, 64, 1)
-    reported = replace(bundle, reports={"int8": {"model_digest": bundle.digest}})
+    reported = replace(bundle, reports={"int8": {"model_digest": bundle.digest, "threshold": None}})
     asked = load_scorer(reported, precision="int8")
     assert asked.precision == "int8"
     assert asked.chosen_because == "the fastest that runs here in int8; not triton: it has no precision int8"
@@ -115,38 +114,6 @@ def test_a_precision_that_nobody_has():
         load_scorer(bundle, "reference", precision="int8")
     assert load_scorer(bundle, "numba", precision="fp32").precision == "fp32"
     assert load_scorer(bundle, precision="fp64").name == "reference"
-
-
-def test_native_passes_its_precision_on(monkeypatch):
-    bundle = model(5, 64, 1)
-    native_cpu = pytest.importorskip("kernels.native_cpu", reason="the C++ library was not built")
-    given = []
-
-    class Model:
-        isa = "test"
-
-        def __init__(self, **arrays):
-            given.append(arrays.get("precision"))
-
-        def run(self, x, level, levels, energy, score, threads, deterministic):
-            energy[:] = 1
-            return True
-
-    monkeypatch.setattr(native_cpu, "_native", SimpleNamespace(Model=Model))
-    scorers = {p: native_cpu.NativeScorer(bundle, precision=p) for p in native_cpu.PRECISIONS}
-    assert given == [None, "int16", "int8"]
-    assert BACKENDS["native"].dtypes == native_cpu.PRECISIONS
-    x = np.zeros((2, 5), np.float32)
-    for p, scorer in scorers.items():
-        assert scorer.precision == p
-        assert f"({p})" in repr(scorer)
-        assert scorer.energy(x).tolist() == [1, 1]
-    scorers["int16"].energy_and_score(x)
-    for call in (scorers["int8"].energy_and_score, scorers["int8"].attribution):
-        with pytest.raises(ValueError, match="int8 gives energies only; load the model with fp32 or int16"):
-            call(x)
-    with pytest.raises(ValueError, match="precision is 'fp16', expected 'fp32', 'int16', 'int8'"):
-        native_cpu.NativeScorer(bundle, precision="fp16")
 
 
 def test_list_of_backends():

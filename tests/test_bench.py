@@ -244,7 +244,7 @@ def test_plans():
     assert (quick.batches, quick.threads, quick.tasks) == ((1, 64), (1,), ("energy_and_score",))
     assert (default.batches, default.threads) == ((1, 64, 4096), tuple(sorted({1, cores})))
     assert full.batches[-1] == 65536
-    assert "torch-compile-max" in full.extra_peers
+    assert "torch-compile-max" in full.extra
     assert make_plan(["native,jax", "numba"], ["8"], ["all"], True, False).scorers == ("native", "jax", "numba")
 
 

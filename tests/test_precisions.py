@@ -85,5 +85,7 @@ def test_an_unusual_event_neither_saturates_nor_reaches_its_neighbours(precision
 def test_what_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="precision int8 gives energies only"):
         scorer_of(SETS[0], "int8", (30, 64, 2), monkeypatch).energy_and_score(events(3, 30))
+    with pytest.raises(ValueError, match="precision is 'fp16', expected 'fp32', 'int16', 'int8'"):
+        scorer_of(SETS[0], "fp16", (30, 64, 2), monkeypatch)
     with pytest.raises(RuntimeError, match="precision int16 needs AVX-512 VNNI or AMX, here the avx2 kernels run"):
         scorer_of("avx2", "int16", (30, 64, 2), monkeypatch)

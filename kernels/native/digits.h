@@ -171,15 +171,20 @@ INLINE void read_events(const Model& m, const float* x, int count, DigitScratch<
   const Preprocessing& p = m.preprocessing;
   for (int at = round_up(features, 16) * Rows; at < round_up(features, kStep) * Rows; at += 16) store(t.u + at, Vec{});
   for (int j = 0; j < features; j += 16) {
-    const FeatureVec f = {load(p.marker + j), load(p.impute + j), load(p.scale + j), load(p.mean + j),
-                          load(p.inv_std + j), load_int(p.transform + j)};
+    const FeatureVec f = features_from(p, j);
     const __mmask16 there = lanes_below(features - j);
-    for (int e = 0; e < count; ++e) {
-      const Vec value = _mm512_maskz_loadu_ps(there, x + e * static_cast<int64_t>(features) + j);
-      Vec slope;
-      const Vec u = p.all_identity ? preprocess<true>(value, f, slope) : preprocess<false>(value, f, slope);
-      store(t.u + j * Rows + e * 16, u);
-      store(t.slope + j * Rows + e * 16, slope);
+    constexpr int kTogether = Rows == 1 ? 1 : 4;
+    for (int e = 0; e < count; e += kTogether) {
+      Vec values[kTogether], slope[kTogether];
+      EACH(i, values) {
+        const int64_t event = e + i < count ? e + i : e;
+        values[i] = _mm512_maskz_loadu_ps(there, x + event * features + j);
+      }
+      preprocess(p.all_identity, values, f, slope);
+      EACH(i, values) if (e + i < Rows) {
+        store(t.u + j * Rows + (e + i) * 16, values[i]);
+        store(t.slope + j * Rows + (e + i) * 16, slope[i]);
+      }
     }
   }
 }

@@ -57,8 +57,10 @@ const std::vector<Choice>& choices() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    Kernels amx = with(kAvx512Kernels, "amx", amx_passes());
+    amx.multiply_tiles = multiply_tiles;
     return std::vector<Choice>{
-        {with(kAvx512Kernels, "amx", amx_passes()), vnni && has_amx()},
+        {amx, vnni && has_amx()},
         {with(kAvx512Kernels, "vnni", kVnniPasses), vnni},
         {kAvx512Kernels, avx512},
         {kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},

@@ -95,11 +95,10 @@ INLINE void few(const Model& m, const Events& events, int64_t first, float* scra
     for (int j = 0; j < features; ++j) row[j] = events.x[(first + e) * features + j];
     for (int j = features; j < inputs; ++j) row[j] = 0;
     for (int j = 0; j < inputs; j += kLanes) {
-      const FeatureVec f = {load(pre.marker + j), load(pre.impute + j), load(pre.scale + j), load(pre.mean + j),
-                            load(pre.inv_std + j), *reinterpret_cast<const IntVec*>(pre.transform + j)};
-      Vec s;
-      store(row + j, pre.all_identity ? preprocess<true>(load(row + j), f, s) : preprocess<false>(load(row + j), f, s));
-      store(slope + e * inputs + j, s);
+      Vec values[1] = {load(row + j)}, derivative_of_u[1];
+      preprocess(pre.all_identity, values, features_from(pre, j), derivative_of_u);
+      store(row + j, values[0]);
+      store(slope + e * inputs + j, derivative_of_u[0]);
     }
   }
 

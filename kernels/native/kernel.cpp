@@ -59,8 +59,9 @@ float read(const float* data, int64_t size) {
   return sum(sums[0]);
 }
 
-constexpr fused_ebm::Passes kPasses = {0,         kLanes,          kVectors * kLanes, 14, scratch_size,
-                                       tile_pass, all_levels_pass, few_pass};
+constexpr fused_ebm::Passes kPasses = {
+    0,         kLanes,          kVectors * kLanes, 14, fused_ebm::share_of(250'000 * kLanes), scratch_size,
+    tile_pass, all_levels_pass, few_pass};
 
 }  // namespace
 

@@ -16,7 +16,7 @@ struct Sizes {
 
 // Per-feature preprocessing, arrays of `features` padded by zeros to a multiple of kPadding (see ebm/preprocess.py).
 struct Preprocessing {
-  const float *marker, *impute, *scale, *mean, *inv_std;
+  const float *marker, *impute, *inv_scale, *mean, *inv_std;
   const int32_t* transform;  // 0 identity, 1 log1p, 2 asinh
   bool all_identity;
 };
@@ -75,6 +75,7 @@ struct Passes {
   int digits;       // 8-bit digits of a weight; 0: float32
   int lanes, tile;  // events go in multiples of the first, at most the second
   int64_t few;      // up to so many events, few_pass is faster than a tile that is mostly padding (measured)
+  int64_t share;    // products that a thread must find to do: a tenth of a millisecond, as long as waking it takes
 
   // Floats of scratch that one thread needs for a model.
   int64_t (*scratch_size)(const Sizes&);
@@ -86,6 +87,13 @@ struct Passes {
   void (*few_pass)(const Model&, const Events&, int64_t n, float* scratch);
 };
 
+// `products` as they are, or few where small batches are to go on threads, too.
+#ifdef FUSED_EBM_SHARE
+constexpr int64_t share_of(int64_t) { return FUSED_EBM_SHARE; }
+#else
+constexpr int64_t share_of(int64_t products) { return products; }
+#endif
+
 enum Precision { kFloat32, kInt16, kInt8, kPrecisions };
 
 struct Kernels {
@@ -96,6 +104,8 @@ struct Kernels {
   // For measuring the machine: 2 * multiply-adds done, and the sum of an array of floats.
   double (*multiply_add)(int64_t iterations);
   float (*read)(const float* data, int64_t size);
+  // The same as multiply_add in three digits on tiles, or null.
+  double (*multiply_tiles)(int64_t iterations) = nullptr;
 };
 
 extern const Kernels kGenericKernels;
@@ -103,6 +113,7 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 // In digits, by Precision.
 extern const Passes kAmxPasses[kPrecisions], kVnniPasses[kPrecisions];
+double multiply_tiles(int64_t iterations);
 #endif
 
 // The best instruction set of this processor, or the one that FUSED_EBM_ISA names. Throws std::runtime_error

@@ -134,6 +134,8 @@ PackedModel::PackedModel(const Weights& w, Precision precision)
   const int features = w.sizes.features, hidden = w.sizes.hidden, layers = w.sizes.layers, levels = w.sizes.levels;
   const int padded = round_up(hidden, passes_.digits > 0 ? kStep : kPadding), inputs = round_up(features, kPadding), lanes = kernels_.lanes;
   model_.sizes = {features, padded, layers, levels};
+  std::vector<float> inv_scale(features);
+  std::transform(w.scale, w.scale + features, inv_scale.begin(), [](float scale) { return 1 / scale; });
   // W_in, W_1, ...
   const auto from = [&](int i) { return i == 0 ? w.w_in : w.w + static_cast<int64_t>(i - 1) * hidden * hidden; };
 
@@ -164,7 +166,7 @@ PackedModel::PackedModel(const Weights& w, Precision precision)
     Preprocessing& p = model_.preprocessing;
     p.marker = padded_copy(arena, w.marker, 1, features, inputs);
     p.impute = padded_copy(arena, w.impute, 1, features, inputs);
-    p.scale = padded_copy(arena, w.scale, 1, features, inputs);
+    p.inv_scale = padded_copy(arena, inv_scale.data(), 1, features, inputs);
     p.mean = padded_copy(arena, w.mean, 1, features, inputs);
     p.inv_std = padded_copy(arena, w.inv_std, 1, features, inputs);
     p.transform = reinterpret_cast<const int32_t*>(
@@ -179,7 +181,10 @@ PackedModel::PackedModel(const Weights& w, Precision precision)
   model_.preprocessing.all_identity = std::all_of(w.transform, w.transform + features, [](int t) { return t == 0; });
 }
 
-void PackedModel::run_tiles(Pass pass, const Events& events, int64_t n, int threads) const {
+void PackedModel::run_tiles(Pass pass, const Events& events, int64_t n, int levels, int threads) const {
+  const Sizes& s = model_.sizes;
+  const int64_t work = n * (s.features + int64_t{levels} * s.layers * s.hidden) * s.hidden;
+  threads = static_cast<int>(std::clamp<int64_t>(work / passes_.share, 1, threads));
   // Smaller tiles where there are not enough events to give every thread a full one.
   const int share = static_cast<int>(std::min<int64_t>(passes_.tile, (n + threads - 1) / threads));
   const int64_t tile = std::min(passes_.tile, round_up(share, passes_.lanes));
@@ -193,12 +198,12 @@ void PackedModel::run(const Events& events, int64_t n, int threads, bool determi
   if (n <= passes_.few && !deterministic) {
     passes_.few_pass(model_, events, n, scratch(passes_.scratch_size(model_.sizes)));
   } else {
-    run_tiles(passes_.tile_pass, events, n, threads);
+    run_tiles(passes_.tile_pass, events, n, 1, threads);
   }
 }
 
 void PackedModel::run_all_levels(const Events& events, int64_t n, int threads) const {
-  run_tiles(passes_.all_levels_pass, events, n, threads);
+  run_tiles(passes_.all_levels_pass, events, n, model_.sizes.levels, threads);
 }
 
 }  // namespace fused_ebm

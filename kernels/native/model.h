@@ -28,9 +28,9 @@ class PackedModel {
   // Throws std::runtime_error where this instruction set does not have the precision.
   explicit PackedModel(const Weights& weights, Precision precision = kFloat32);
 
-  // Scores n events on at most `threads` threads, the caller's among them. The bits of an event depend neither on
-  // the threads nor on its place. Up to kSmallBatch events go one by one, summed in another order, unless
-  // `deterministic`.
+  // Scores n events on at most `threads` threads, the caller's among them; small batches stay on the caller's. The bits
+  // of an event depend neither on the threads nor on its place. Up to Passes::few events go a few at a time, summed in
+  // another order, unless `deterministic`.
   void run(const Events& events, int64_t n, int threads, bool deterministic) const;
   // Energies (n, levels).
   void run_all_levels(const Events& events, int64_t n, int threads) const;
@@ -40,7 +40,7 @@ class PackedModel {
 
  private:
   using Pass = void (*)(const Model&, const Events&, int64_t, int64_t, float*);
-  void run_tiles(Pass pass, const Events& events, int64_t n, int threads) const;
+  void run_tiles(Pass pass, const Events& events, int64_t n, int levels, int threads) const;
 
   const Kernels& kernels_;
   const Passes& passes_;

@@ -16,36 +16,55 @@ using fused_ebm::Preprocessing;
 
 INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// u and du/dx of raw values x; the parameters are of one feature (broadcast) or of kLanes features.
+// The preprocessing of one feature (broadcast), or of kLanes features.
 struct FeatureVec {
-  Vec marker, impute, scale, mean, inv_std;
+  Vec marker, impute, inv_scale, mean, inv_std;
   IntVec transform;
 };
 
-template <bool Identity>
-INLINE Vec preprocess(Vec x, const FeatureVec& f, Vec& slope) {
-  const IntVec missing = (x != x) | (x == f.marker);
-  x = missing ? f.impute : x;
-  Vec t = x;
-  slope = f.inv_std;
-  if constexpr (!Identity) {
-    const IntVec is_log1p = f.transform == 1, is_asinh = f.transform == 2;
-    const Vec size = absolute(x), ratio = size / f.scale;
-    // asinh r = log1p(r + r^2 / (1 + sqrt(1 + r^2))); beyond 1e9, where r^2 may overflow, asinh r = log(2 r).
-    const Vec root = square_root(1.0f + ratio * ratio);
-    const Vec grown = ratio < 1e9f ? ratio + ratio * ratio / (1.0f + root) : 2.0f * ratio;
-    const Vec squashed = copy_sign(log1p(is_asinh ? grown : size), x);
-    t = is_log1p | is_asinh ? squashed : x;
-    const Vec far = ratio < 1e9f ? root : ratio;
-    slope /= is_log1p ? 1.0f + size : is_asinh ? f.scale * far : broadcast(1.0f);
-  }
-  slope = missing ? Vec{} : slope;
-  return (t - f.mean) * f.inv_std;
+INLINE FeatureVec feature(const Preprocessing& p, int j) {
+  return {broadcast(p.marker[j]), broadcast(p.impute[j]), broadcast(p.inv_scale[j]), broadcast(p.mean[j]),
+          broadcast(p.inv_std[j]), p.transform[j] - IntVec{}};
 }
 
-INLINE FeatureVec feature(const Preprocessing& p, int j) {
-  return {broadcast(p.marker[j]), broadcast(p.impute[j]), broadcast(p.scale[j]), broadcast(p.mean[j]),
-          broadcast(p.inv_std[j]), p.transform[j] - IntVec{}};
+INLINE FeatureVec features_from(const Preprocessing& p, int j) {
+  return {load(p.marker + j), load(p.impute + j), load(p.inv_scale + j), load(p.mean + j), load(p.inv_std + j),
+          *reinterpret_cast<const IntVec*>(p.transform + j)};
+}
+
+// u in place of raw values x, and du/dx.
+template <bool Identity, int N>
+INLINE void preprocess(Vec (&x)[N], const FeatureVec& f, Vec (&slope)[N]) {
+  IntVec missing[N];
+  EACH(i, x) missing[i] = (x[i] != x[i]) | (x[i] == f.marker);
+  EACH(i, x) x[i] = missing[i] ? f.impute : x[i];
+  EACH(i, x) slope[i] = f.inv_std;
+  if constexpr (!Identity) {
+    const IntVec is_log1p = f.transform == 1, is_asinh = f.transform == 2, is_either = is_log1p | is_asinh;
+    // asinh r = log1p(r + r^2 / (1 + sqrt(1 + r^2))); beyond 1e9, where r^2 may overflow, asinh r = log(2 r).
+    Vec size[N], ratio[N], root[N], divisor[N], inverse[N], squashed[N];
+    EACH(i, x) size[i] = absolute(x[i]);
+    EACH(i, x) ratio[i] = size[i] * f.inv_scale;
+    EACH(i, x) root[i] = square_root(multiply_add(ratio[i], ratio[i], broadcast(1.0f)));
+    EACH(i, x) divisor[i] = 1.0f + root[i];
+    reciprocal(divisor, inverse);
+    EACH(i, x) {
+      const Vec grown = multiply_add(ratio[i] * ratio[i], inverse[i], ratio[i]);
+      squashed[i] = is_asinh ? (ratio[i] < 1e9f ? grown : 2.0f * ratio[i]) : size[i];
+    }
+    EACH(i, x) divisor[i] = is_log1p ? 1.0f + size[i] : ratio[i] < 1e9f ? root[i] : ratio[i];
+    log1p(squashed, size);
+    reciprocal(divisor, inverse);
+    EACH(i, x) slope[i] = is_either ? f.inv_std * (is_asinh ? inverse[i] * f.inv_scale : inverse[i]) : f.inv_std;
+    EACH(i, x) x[i] = is_either ? copy_sign(size[i], x[i]) : x[i];
+  }
+  EACH(i, x) slope[i] = missing[i] ? Vec{} : slope[i];
+  EACH(i, x) x[i] = (x[i] - f.mean) * f.inv_std;
+}
+
+template <int N>
+INLINE void preprocess(bool identity, Vec (&x)[N], const FeatureVec& f, Vec (&slope)[N]) {
+  identity ? preprocess<true>(x, f, slope) : preprocess<false>(x, f, slope);
 }
 
 // The longest chain of rounding errors: longer sums are made in parts, so that a wide layer is no less accurate.
@@ -130,14 +149,11 @@ INLINE void read_tile(const Model& m, const float* x, int count, TileScratch& t)
     float* column = t.u + j * kWidth;
     for (int e = 0; e < count; ++e) column[e] = x[e * static_cast<int64_t>(features) + j];
     for (int e = count; e < kWidth; ++e) column[e] = 0;
-    const FeatureVec f = feature(m.preprocessing, j);
-    const bool identity = m.preprocessing.transform[j] == 0;
-    for (int v = 0; v < kWidth; v += kLanes) {
-      Vec slope;
-      const Vec value = load(column + v);
-      store(column + v, identity ? preprocess<true>(value, f, slope) : preprocess<false>(value, f, slope));
-      store(t.slope + j * kWidth + v, slope);
-    }
+    Vec values[Vectors], slope[Vectors];
+    EACH(v, values) values[v] = load(column + v * kLanes);
+    preprocess(m.preprocessing.transform[j] == 0, values, feature(m.preprocessing, j), slope);
+    EACH(v, values) store(column + v * kLanes, values[v]);
+    EACH(v, values) store(t.slope + j * kWidth + v * kLanes, slope[v]);
   }
 }
 

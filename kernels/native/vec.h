@@ -118,16 +118,28 @@ INLINE void sigmoid(const Vec (&z)[N], Vec (&s)[N]) {
 }
 
 // log(1 + a) for a >= 0, accurate near 0; Inf and NaN stay what they are.
-INLINE Vec log1p(Vec a) {
-  const Vec y = 1.0f + a;
-  const IntVec bits = as_int(y);
-  const IntVec exponent = (bits - 0x3f2aaaab) >> 23;
-  const Vec m = as_float(bits - (exponent << 23));  // in [2/3, 4/3)
-  const Vec s = (m - 1.0f) / (m + 1.0f), q = s * s;  // log m = 2 artanh s, |s| <= 1/5
-  const Vec series = 2.0f + q * (2.0f / 3 + q * (2.0f / 5 + q * (2.0f / 7 + q * (2.0f / 9))));
-  const Vec lost = (a - (y - 1.0f)) / y;  // what rounding 1 + a dropped
-  const Vec result = __builtin_convertvector(exponent, Vec) * 0.693147180559945309f + (s * series + lost);
-  return a < __builtin_inff() ? result : a;
+template <int N>
+INLINE void log1p(const Vec (&a)[N], Vec (&result)[N]) {
+  Vec y[N], inverse_y[N], m[N], s[N], inverse_m[N], series[N];
+  IntVec exponent[N];
+  EACH(i, y) y[i] = 1.0f + a[i];
+  EACH(i, y) exponent[i] = (as_int(y[i]) - 0x3f2aaaab) >> 23;
+  EACH(i, y) m[i] = as_float(as_int(y[i]) - (exponent[i] << 23));  // in [2/3, 4/3)
+  EACH(i, y) s[i] = m[i] + 1.0f;
+  reciprocal(s, inverse_m);
+  reciprocal(y, inverse_y);
+  EACH(i, y) s[i] = (m[i] - 1.0f) * inverse_m[i];  // log m = 2 artanh s, |s| <= 1/5
+  EACH(i, y) m[i] = s[i] * s[i];
+  EACH(i, y) series[i] = multiply_add(m[i], broadcast(2.0f / 9), broadcast(2.0f / 7));
+  EACH(i, y) series[i] = multiply_add(m[i], series[i], broadcast(2.0f / 5));
+  EACH(i, y) series[i] = multiply_add(m[i], series[i], broadcast(2.0f / 3));
+  EACH(i, y) series[i] = multiply_add(m[i], series[i], broadcast(2.0f));
+  EACH(i, y) y[i] = (a[i] - (y[i] - 1.0f)) * inverse_y[i];  // what rounding 1 + a dropped
+  EACH(i, y) y[i] = multiply_add(s[i], series[i], y[i]);
+  EACH(i, y) {
+    const Vec log = multiply_add(__builtin_convertvector(exponent[i], Vec), broadcast(0.693147180559945309f), y[i]);
+    result[i] = a[i] < __builtin_inff() ? log : a[i];
+  }
 }
 
 // The low (Offset 0) or high (Offset Group / 2) halves of each group of lanes, those of a beside those of b.
