@@ -124,11 +124,14 @@ def test_roofline_of_a_report(report, tmp_path):
 
 
 def test_roofs():
-    one = {"threads": 1, "batch": 64, "flop_per_byte": 10.0}
+    one = {"threads": 1, "batch": 64, "flop_per_byte": 10.0, "limit": "fma_gflops_1t"}
     assert roofline.roof(one, LIMITS) == 200
     assert roofline.roof(one | {"threads": 2}, LIMITS) == 400
     assert roofline.roof(one | {"threads": 4}, LIMITS) == 700
-    assert roofline.roof({"threads": 4, "batch": 1, "flop_per_byte": 0.5}, LIMITS) == 90
+    assert roofline.roof(one | {"threads": 4, "batch": 1, "flop_per_byte": 0.5}, LIMITS) == 90
+    tiles = LIMITS | {"tile_gflops_1t": 600.0, "tile_gflops_all": 2000.0}
+    assert roofline.roof(one | {"limit": "tile_gflops_1t", "flop_per_byte": 4.0}, tiles) == 600
+    assert roofline.roof(one | {"limit": "tile_gflops_all", "flop_per_byte": 10.0, "threads": 4}, tiles) == 2000
 
 
 @pytest.mark.parametrize(("text", "words"), [
