@@ -56,7 +56,7 @@ INLINE void to_digits(const float* values, int steps, int count, DigitScratch<En
       : Digits == 2 ? _mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, 2, 6, 10, 14, 3, 7, 11, 15)
                     : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const auto store_digit = [](uint8_t* to, __m512i digit) {
-    _mm512_store_si512(to, Engine::kSigned ? _mm512_xor_si512(digit, _mm512_set1_epi8(-128)) : digit);
+    _mm512_store_si512(to, Engine::kOnTiles ? _mm512_xor_si512(digit, _mm512_set1_epi8(-128)) : digit);
   };
   for (int e = 0; e < count; ++e) {
     const float* row = values + e * 16;
@@ -70,8 +70,8 @@ INLINE void to_digits(const float* values, int steps, int count, DigitScratch<En
         _mm512_max_epi32(_mm512_max_epi32(largest[0], largest[1]), _mm512_max_epi32(largest[2], largest[3])));
     float most;
     __builtin_memcpy(&most, &bits, sizeof most);
-    const float scale = kLimit / (most > 1e-30f ? most : 1e-30f);
-    t.inverse[e] = most * (1 / kLimit) + (most - most);  // NaN where a value is not finite
+    const float unit = most > 1e-30f ? most : 1e-30f, scale = kLimit / unit;
+    t.inverse[e] = unit * (1 / kLimit) + (most - most);  // NaN where a value is not finite
     for (int step = 0; step < steps; ++step) {
       __m512i n[4];
 #pragma GCC unroll 4
@@ -112,7 +112,7 @@ INLINE void digit_layer(const DigitMatrix& w, int count, const DigitScratch<Engi
                         const Epilogue& epilogue) {
   using Group = Group<Engine>;
   constexpr int kRows = Engine::kRows, kLevels = levels_of(Digits), kSize = Group::kSize;
-  const int steps = w.steps, offset_stride = (kLevels + Digits) * 16;
+  const int steps = w.steps, offset_stride = kLevels * 16;
   const int64_t stride = static_cast<int64_t>(steps) * Digits * kBlock;
   const auto group = [&](const int32_t* sums, int panel, int e) {
     const Group at{panel * 16, e};
@@ -126,7 +126,7 @@ INLINE void digit_layer(const DigitMatrix& w, int count, const DigitScratch<Engi
     EACH(i, z) z[i] = multiply_add(z[i], t.inverse[at.event(i)] * load(w.scale + at.unit(i)), addend(at, i));
     epilogue(at, z);
   };
-  if constexpr (kRows == 1 || Engine::kPanels > 1) {
+  if constexpr (!Engine::kOnTiles) {
     constexpr int kPanels = Engine::kPanels;
     for (int p = 0; p < w.panels; p += kPanels) {
       Engine::product(t.digits, w.weights + p * stride, stride, w.offsets + p * offset_stride, offset_stride, steps,

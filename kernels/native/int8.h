@@ -37,8 +37,8 @@ struct alignas(64) TileConfig {
 // 16 events: sums in tiles 0 to 3, activations in 4 to 6, weights in 7.
 template <int Digits>
 struct Tiles {
-  static constexpr bool kSigned = true;
-  static constexpr int kRows = 16, kPanels = 1, kGroup = 2, kPauses = Digits == 3 ? 4 : Digits;
+  static constexpr bool kOnTiles = true;
+  static constexpr int kRows = 16, kGroup = 2, kPauses = Digits == 3 ? 4 : Digits;
   static constexpr TileConfig kConfig{16, 7};
 
   static INLINE void start() {
@@ -97,8 +97,8 @@ struct Tiles {
 // Up to 5 events: their digits are stacked as the rows of one tile, so that a digit of the weights is used once.
 template <int Digits>
 struct StackedTiles {
-  static constexpr bool kSigned = true;
-  static constexpr int kRows = 5, kPanels = 1, kGroup = kRows, kPauses = Digits, kHeight = Digits * kRows;
+  static constexpr bool kOnTiles = true;
+  static constexpr int kRows = 5, kGroup = kRows, kPauses = Digits, kHeight = Digits * kRows;
   static constexpr TileConfig kConfig{kHeight, 4};
 
   static INLINE void start() {
@@ -153,7 +153,7 @@ struct StackedTiles {
 // Rows events by vectors of 16 outputs, Panels of them together.
 template <int Digits, int Rows, int Group, int Panels>
 struct Vectors {
-  static constexpr bool kSigned = false;
+  static constexpr bool kOnTiles = false;
   static constexpr int kRows = Rows, kPanels = Panels, kGroup = 4, kLevels = levels_of(Digits);
 
   // All steps at once; weights of the panels are `stride` bytes apart, their offsets `offset_stride`.

@@ -37,14 +37,14 @@ struct DigitMatrix {
   // [panel][step][digit][16 groups][output][4 inputs]; input b of group g is 16 (g % 4) + 4 (g / 4) + b of the step, the
   // order in which digits.h packs activations fastest.
   const int8_t* weights;
-  const int32_t* offsets;  // [panel][level, then digit][output]: what the sums begin at
+  const int32_t* offsets;  // [panel][level][output]: what sums on vectors begin at
   const float* scale;      // [panel][output]: of the sums, but for the event's own
 };
 struct DigitMatrices {
   DigitMatrix forward, backward;
 };
 
-// Levels of products of digits that are summed; the offsets of a panel are one row per level and digit of 16 outputs.
+// Levels of products of digits that are summed.
 constexpr int levels_of(int digits) { return digits == 3 ? 4 : 2 * digits - 1; }
 
 // The largest whole number that so many balanced digits are made of.

@@ -61,12 +61,12 @@ float* blocks(Arena& arena, const float* from, int rows, int columns, const Matr
 // w[o][k] = from[o * row_step + k * column_step], packed in digits; see kernel.h.
 DigitMatrix digit_matrix(Arena& arena, const float* from, int outputs, int padded_outputs, int inputs,
                          int64_t row_step, int64_t column_step, int digits) {
-  const int rows = levels_of(digits) + digits;
+  const int levels = levels_of(digits);
   DigitMatrix m{padded_outputs / 16, round_up(inputs, kStep) / kStep, nullptr, nullptr, nullptr};
   const int room = round_up(m.panels, 4);  // some kernels take four together
   const int64_t block = int64_t{m.steps} * digits * 1024;
   auto* weights = reinterpret_cast<int8_t*>(arena.take(room * block / 4));
-  auto* offsets = reinterpret_cast<int32_t*>(arena.take(room * rows * 16));
+  auto* offsets = reinterpret_cast<int32_t*>(arena.take(room * levels * 16));
   float* scale = arena.take(m.panels * 16);
   m.weights = weights, m.offsets = offsets, m.scale = scale;
   for (int o = 0; weights && o < outputs; ++o) {
@@ -75,7 +75,7 @@ DigitMatrix digit_matrix(Arena& arena, const float* from, int outputs, int padde
     for (int k = 0; k < inputs; ++k) largest = std::max(largest, std::fabs(w(k)));
     if (largest == 0) continue;
     // Sums are in units of the last level kept.
-    const int dropped = 2 * (digits - 1) - (levels_of(digits) - 1);
+    const int dropped = 2 * (digits - 1) - (levels - 1);
     scale[o] = static_cast<float>(std::ldexp(largest / limit_of(digits), 8 * dropped));
     int64_t totals[3] = {};
     for (int k = 0; k < inputs; ++k) {
@@ -89,11 +89,8 @@ DigitMatrix digit_matrix(Arena& arena, const float* from, int outputs, int padde
       }
     }
     for (int i = 0; i < digits; ++i)
-      for (int j = 0; j < digits; ++j) {
-        const auto offset = static_cast<int32_t>(-128 * totals[j]);
-        if (i + j < levels_of(digits)) offsets[(o / 16 * rows + i + j) * 16 + o % 16] += offset;
-        offsets[(o / 16 * rows + levels_of(digits) + j) * 16 + o % 16] = offset;
-      }
+      for (int j = 0; j < digits && i + j < levels; ++j)
+        offsets[(o / 16 * levels + i + j) * 16 + o % 16] -= static_cast<int32_t>(128 * totals[j]);
   }
   return m;
 }

@@ -17,7 +17,7 @@ for sanitizer in address thread; do
   cmake -S . -B "$build/$sanitizer" -DFUSED_EBM_SANITIZE="$sanitizer" >"$build/$sanitizer.log"
   cmake --build "$build/$sanitizer" >>"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
 done
-for isa in avx512 avx2 generic; do
+for isa in amx vnni avx512 avx2 generic; do
   echo -n "address, undefined: "
   FUSED_EBM_ISA="$isa" "$build/address/sanitize" all
   echo -n "thread: "
