@@ -48,7 +48,8 @@ INLINE void add_rows(const Matrix& w, const float* q, int q_stride, int first, f
   for (int e = 0; e < E; ++e)
 #pragma GCC unroll 16
     for (int c = 0; c < Width; ++c) sums[e][c] = load(out + e * out_stride + first + c * kLanes);
-  for (int block = 0; block < w.rows; block += kLanes) {
+  // The last rows first: of the last layer they are still in L1 from the way up.
+  for (int block = w.rows - kLanes; block >= 0; block -= kLanes) {
     const float* p = w.blocks + static_cast<int64_t>(block) * w.columns + first * kLanes;
 #pragma GCC unroll 2
     for (int r = 0; r < kLanes; ++r) {
