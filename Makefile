@@ -6,10 +6,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench test test-full regress regress-baseline sanitize lint setup demo clean help
+.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup demo clean help
 
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
+
+gpu:  ## everything about the kernel on an NVIDIA GPU (9 minutes; sets nothing up, needs numpy, torch and triton)
+	PYTHONPATH=. $(PYTHON) -m bench.gpu
 
 test: setup  ## a slice of every promise
 	$(RUN) -m pytest -m "not full"

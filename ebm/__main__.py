@@ -44,6 +44,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Events per step.")] = 512,
     events: Annotated[int | None, typer.Option(min=1, help="Background events of the toy, as in toy:N.")] = None,
     backend: BackendName = "auto",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, or a GPU as cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Fit a model and its threshold on background, and write both to a directory.
 
@@ -56,9 +57,11 @@ def train(
         if data != "toy":
             raise DataError(f"--events is for the toy, given with {data}")
         data = f"toy:{events}"
+    _check_device(device)
     loaded = _load(data)
     from ebm.train import fit
     from kernels import load_scorer
+    from kernels.autograd import energy_and_score_of
 
     # A backend that cannot run is better known before the training than after it.
     scorer = load_scorer(Bundle.random(loaded.schema.n_features, hidden, layers), backend)
@@ -66,11 +69,12 @@ def train(
     def energies(bundle: Bundle, x: np.ndarray) -> np.ndarray:
         return load_scorer(bundle, scorer.name).energy(x)
 
-    options = {"--out": out, "--steps": steps, "--seed": seed, "--hidden": hidden, "--layers": layers, "--batch": batch}
+    options = {"--out": out, "--steps": steps, "--seed": seed, "--hidden": hidden, "--layers": layers, "--batch": batch,
+               "--device": device}
     command = shlex.join(["python", "-m", "ebm", "train", _portable(data),
                           *(part for name, value in options.items() for part in (name, _portable(value)))])
     trained = fit(loaded, energies, steps=steps, hidden_dim=hidden, n_layers=layers, batch_size=batch, seed=seed,
-                  command=command)
+                  command=command, device=device, energy_and_score_of=energy_and_score_of)
     trained.bundle.save(out)
     from ebm.tables import print_trained
 
@@ -164,6 +168,18 @@ def _portable(value: object) -> str:
     """An argument as the provenance keeps it: of an absolute path only the name."""
     text = str(value)
     return os.path.basename(text) if os.path.isabs(text) else text
+
+
+def _check_device(device: str) -> None:
+    """DataError where there is no such device to train on."""
+    kind, _, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
+        raise DataError(f"--device {device!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda":
+        import torch
+
+        if int(index or 0) >= torch.cuda.device_count():
+            raise DataError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
 
 
 def _check_file(path: Path) -> None:

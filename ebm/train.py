@@ -12,7 +12,7 @@ import torch
 
 from ebm.bundle import Architecture, Bundle
 from ebm.command import commit
-from ebm.dsm import History, geometric_sigmas, train
+from ebm.dsm import EnergyAndScore, History, geometric_sigmas, train
 from ebm.events import DataError, Events, Schema, split
 from ebm.networks import EnergyNetwork
 from ebm.preprocess import Preprocessing
@@ -32,12 +32,15 @@ class Trained:
 
 def fit(events: Events, energies: Callable[[Bundle, np.ndarray], np.ndarray], *, steps: int = 1000,
         hidden_dim: int = 256, n_layers: int = 2, n_sigmas: int = 10, batch_size: int = 512, lr: float = 1e-3,
-        ema: float = 0.999, seed: int = 0, command: str = "", progress: bool | None = None) -> Trained:
+        ema: float = 0.999, seed: int = 0, command: str = "", progress: bool | None = None, device: str = "cpu",
+        energy_and_score_of: Callable[[EnergyNetwork], EnergyAndScore] | None = None) -> Trained:
     """Train an energy network on the background of the training folds and calibrate its threshold.
 
     `energies(bundle, x)` gives the energies (n,) of raw events (n, D) at the default level: hand in the
     backend that will score later, so that the threshold is one of its own energies. Labels select the
-    background; nothing else of them, and no weight, is used. Raises DataError where a fold has no background.
+    background; nothing else of them, and no weight, is used. `energy_and_score_of(network)` gives the function that
+    is trained through, None: the network's own. `device` is PyTorch's name of where to train. Raises DataError where
+    a fold has no background.
 
     The default of `steps` is short on purpose: on the calibration folds of HiggsML and of the toy 4,000 steps
     lower the loss and rank no better, for HiggsML worse.
@@ -53,17 +56,18 @@ def fit(events: Events, energies: Callable[[Bundle, np.ndarray], np.ndarray], *,
     sigmas = geometric_sigmas(n_sigmas)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = EnergyNetwork(architecture.input_dim, hidden_dim, n_sigmas, n_layers)
-    u, mask = tensors(preprocessing, background["train"].x, events.schema)
+        network = EnergyNetwork(architecture.input_dim, hidden_dim, n_sigmas, n_layers).to(device)
+    (u, mask), validation = (tuple(t.to(device) for t in tensors(preprocessing, background[name].x, events.schema))
+                             for name in ("train", "calibrate"))
     history = train(network, u, sigmas, mask=mask, steps=steps, batch_size=batch_size, lr=lr, ema=ema, seed=seed,
-                    validation=tensors(preprocessing, background["calibrate"].x, events.schema),
+                    energy_and_score=energy_and_score_of and energy_and_score_of(network), validation=validation,
                     progress=progress)
-    weights = {name: t.detach().numpy().copy() for name, t in network.tensors().items()}
+    weights = {name: t.detach().cpu().numpy().copy() for name, t in network.tensors().items()}
     numbers = {name: len(b) for name, b in background.items()}
     provenance = {
         "command": command, "seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": lr, "ema": ema,
-        "threads": torch.get_num_threads(), "source": os.path.basename(events.source), "data_digest": events.digest,
-        "background_events": numbers, "train_loss": history.train_loss[-1],
+        "threads": torch.get_num_threads(), "device": device, "source": os.path.basename(events.source),
+        "data_digest": events.digest, "background_events": numbers, "train_loss": history.train_loss[-1],
         "held_out_loss": history.held_out_loss[-1], "held_out_loss_per_level": history.held_out_per_level,
         "training_seconds": round(history.seconds, 1), "versions": versions(), "commit": commit(),
     }

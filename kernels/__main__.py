@@ -1,9 +1,10 @@
-"""`python -m kernels`: the backends, and why each can or cannot run here; `pack` writes a model for C and C++, and
-`calibrate` reports what a reduced precision costs in physics."""
+"""`python -m kernels`: the backends, and why each can or cannot run here; `pack` writes a model for C and C++, `cubin`
+one for NVIDIA GPUs, and `calibrate` reports what a reduced precision costs in physics."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ app = typer.Typer(
     "machine.\n\n"
     "**python -m kernels**\n\n"
     "**python -m kernels pack** models/demo demo.febm\n\n"
+    "**python -m kernels cubin** models/demo demo-cuda\n\n"
     "**python -m kernels calibrate** models/demo toy",
 )
 
@@ -61,6 +63,38 @@ def pack(
     threshold = "no threshold" if bundle.threshold is None else f"threshold {bundle.threshold.energy:.6g}"
     print(f"{out}: {size:,} bytes, {a.input_dim} features, width {a.hidden_dim}, {a.n_layers} residual layers, "
           f"{a.n_sigmas} noise levels (default {bundle.default_level}), {threshold}")
+
+
+@app.command(epilog="Example: python -m kernels cubin models/demo demo-cuda --arch 80,90")
+@one_sentence
+def cubin(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; what an earlier call wrote there is replaced.")],
+    arch: Annotated[str | None, typer.Option(
+        help="Compute capabilities, as 80,90. Default: all from 80 to 121, which takes a minute.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the Triton backend.")] = "fp32",
+) -> None:
+    """Compile a model for NVIDIA GPUs, which C and C++ programs open with fused_ebm_cuda_open (fused_ebm_cuda.h).
+
+    OUT/model.febm-cuda holds the compiled kernels with weights, preprocessing, threshold and feature names, under a
+    checksum; OUT/launch.h says in C how the kernels are launched. Neither this nor building the library needs a GPU.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: its interpreter compiles nothing
+    from kernels import cubin as c
+
+    os.environ.update(c.ENVIRONMENT)
+    from rich.console import Console
+
+    from ebm.bundle import Bundle
+
+    words = (arch or ",".join(map(str, c.ARCHITECTURES))).split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--arch is {arch!r}, expected compute capabilities such as 80,90")
+    bundle = Bundle.load(model)
+    with Console(stderr=True).status(f"compiling for {len(words)} architectures"):
+        sizes = c.write_cubin(bundle, out, map(int, words), precision)
+    for name, size in sizes.items():
+        print(f"{out / name}: {size:,} bytes")
 
 
 @app.command(epilog="Example: python -m kernels calibrate runs/higgs training.csv.gz --precision int8")

@@ -71,7 +71,7 @@ def _reference_why_not() -> str | None:
 
 # In order of preference.
 BACKENDS = {b.name: b for b in (
-    Backend("triton", "cuda", ("fp32",), "kernels.triton_gpu:TritonScorer",
+    Backend("triton", "cuda", ("fp32", "tf32x3", "tf32", "fp16", "bf16"), "kernels.triton_gpu:TritonScorer",
             "one fused kernel on an NVIDIA GPU (sm_80 and newer)", _triton_why_not),
     Backend("native", "cpu", ("fp32", *REDUCED), "kernels.native_cpu:NativeScorer",
             "fused C++ kernels", _native_why_not),

@@ -12,7 +12,7 @@ import triton
 from kernels.packing import pack
 from kernels.scorer import Array, Scorer
 from kernels.tiles import TILES, choose
-from kernels.triton_kernel import INPUT_PRECISION, compile_for, constants, fused, options, padded
+from kernels.triton_kernel import INPUT_PRECISION, STORED, compile_for, constants, fused, options, padded
 
 if TYPE_CHECKING:
     from ebm.bundle import Bundle
@@ -59,7 +59,7 @@ class TritonScorer(Scorer):
             self.device = f"cuda:{torch.cuda.current_device() if index is None else index}"
             properties = torch.cuda.get_device_properties(self.device)
             self._cc, self._n_sm = 10 * properties.major + properties.minor, properties.multi_processor_count
-        self._weights = _weights(bundle, self.preprocess, self.device)
+        self._weights = _weights(bundle, self.preprocess, self.device, precision)
 
     def energy(self, x: Array, k: Array = None, *, out: Array = None) -> Array:
         """As Scorer.energy; CUDA tensors stay on the GPU."""
@@ -137,19 +137,22 @@ class TritonScorer(Scorer):
         import torch
 
         n, a = len(x), self.bundle.architecture
-        tile = choose(self._cc, n, self._n_sm)
+        tile = choose(self._cc, n, self._n_sm, self.precision)
         programs = min(-(-n // tile.block_m), tile.programs_per_sm * self._n_sm)
         fixed = constants(a.input_dim, a.hidden_dim, a.n_layers, score is not None, self.precision, tile)
         buffers = 3 + a.n_layers if score is not None else 3
-        scratch = torch.empty(programs * buffers * tile.block_m * max(fixed["D_PAD"], fixed["H"]), device=self.device)
+        size = programs * tile.block_m * max(fixed["D_PAD"], fixed["H"])
+        scratch = torch.empty(size * buffers, device=self.device, dtype=self._weights[0].dtype)
+        wide = torch.empty(size * 2, device=self.device) if self.precision in STORED else None
         level, k = (k, None) if isinstance(k, int) else (0, k)
+        b_out = float(self.bundle.tensors["b_out"][0])
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            fused[(programs,)](x, k, energy, score, *self._weights, scratch, float(self.bundle.tensors["b_out"][0]), n,
-                               level, energy.numel() // n, **fixed, **options(tile))
+            fused[(programs,)](x, k, energy, score, *self._weights, scratch, wide, b_out, n, level, energy.numel() // n,
+                               **fixed, **options(tile))
 
 
-def _weights(bundle: Bundle, preprocess: bool, device: str) -> list:
-    """w_in to pre of `fused`, padded with zeros: a padded hidden unit or feature changes nothing."""
+def _weights(bundle: Bundle, preprocess: bool, device: str, precision: str = "fp32") -> list:
+    """up_in to pre of `fused`, padded with zeros: a padded hidden unit or feature changes nothing."""
     import torch
 
     p = pack(bundle, preprocess)
@@ -158,9 +161,15 @@ def _weights(bundle: Bundle, preprocess: bool, device: str) -> list:
     w_in, w = _pad(p.w_in, (h, d)), _pad(p.w, (len(p.w), h, h))
     pre = _pad(np.stack([q.marker, q.impute, q.scale, q.mean, q.inv_std, q.transform]), (6, d))
     pre[2, len(q.scale):] = 1
-    arrays = (w_in, w_in.T, _pad(p.b_in, (len(p.b_in), h)), w, w.transpose(0, 2, 1), _pad(p.b, (len(p.b), h)),
-              _pad(p.w_out, (h,)), pre)
-    return [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays]
+    w_in_t, w_t = w_in.T, w.transpose(0, 2, 1)
+    up_in, down_in, up, down = (w_in_t, w_in, w_t, w) if precision == "fp32" else (w_in, w_in_t, w, w_t)  # K_FIRST
+
+    def tensor(a: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(a)).to(device, dtype)
+
+    stored = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    return [tensor(up_in, stored), tensor(down_in, stored), tensor(_pad(p.b_in, (len(p.b_in), h))), tensor(up, stored),
+            tensor(down, stored), tensor(_pad(p.b, (len(p.b), h))), tensor(_pad(p.w_out, (h,))), tensor(pre)]
 
 
 def _pad(a: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

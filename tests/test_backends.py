@@ -108,7 +108,8 @@ def test_auto_takes_a_reduced_precision_only_when_asked(monkeypatch):
 
 def test_a_precision_that_nobody_has():
     bundle = model(5, 64, 1)
-    with pytest.raises(ValueError, match="'int4', the backends have 'fp32', 'int16', 'int8', 'fp64'"):
+    everything = "'fp32', 'tf32x3', 'tf32', 'fp16', 'bf16', 'int16', 'int8', 'fp64'"
+    with pytest.raises(ValueError, match=f"'int4', the backends have {everything}"):
         load_scorer(bundle, precision="int4")
     with pytest.raises(ValueError, match="'int8', backend 'reference' has 'fp64', 'fp32'"):
         load_scorer(bundle, "reference", precision="int8")

@@ -1,0 +1,173 @@
+"""The stages of `bench.gpu` that time the fused kernel alone: latency of a call, and throughput."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu_device import DEVICE, PRECISIONS, Absent, Setting, attempt, errors, on_device, sample, scorers
+from bench.gpu_isolate import tell
+from bench.peers import ENERGY_AND_SCORE
+from kernels.tolerances import TOLERANCES, relative_rms_energy
+
+CALL, ON_DEVICE, GRAPH, GRAPH_DEVICE = "call", "device", "graph", "graph-device"
+_CHUNK = 1 << 15  # events at a time on their way over the bus
+
+
+def row(name: str, peer: bool, batch: int, precision: str, timing: str, quantiles: dict, agreement: dict,
+        first_call_s: float | None = None) -> None:
+    """Tell one line of `results`; what follows from its times the parent adds."""
+    tell("results", {"scorer": name, "peer": peer, "device": "cuda:0", "threads": 1, "task": ENERGY_AND_SCORE,
+                     "batch": batch, "precision": precision, "timing": timing, "first_call_s": first_call_s}
+         | {q: quantiles[q] for q in ("p50_us", "p90_us", "p99_us", "p999_us")} | agreement)
+
+
+def latency(setting: Setting, _: str) -> None:
+    """One call: NumPy to NumPy; on the device; and as a CUDA graph, with and without the host's part.
+
+    The first calls find no compiled kernel on disk, so `first_call_s` has the compiler in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fused-ebm-triton-") as cache:
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            precisions = setting.pick(PRECISIONS, ("fp32", "bf16"), ("fp32",))
+            usual, ours = scorers(setting, precisions, "raise"), scorers(setting, precisions)
+            for batch in setting.pick((1, 8, 64, 512, 4096), (1, 64, 4096), (1,)):
+                for precision in ours:
+                    attempt(f"latency of triton {precision}, batch {batch}",
+                            lambda p=precision, n=batch: _latency(setting, usual[p], ours[p], p, n))
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR") if before is None else os.environ.update(TRITON_CACHE_DIR=before)
+
+
+def _latency(setting: Setting, usual: Any, scorer: Any, precision: str, batch: int) -> None:
+    x, device = setting.events, setting.device
+    start = time.perf_counter()
+    usual.energy_and_score(x[:batch])
+    first_s = time.perf_counter() - start
+    parts = [usual.energy_and_score(x[i:i + batch]) for i in range(0, len(x), batch)]
+    agreement = errors(tuple(np.concatenate(p) for p in zip(*parts)), setting.truth, precision)
+    there = torch.from_numpy(x[:batch].copy()).to(device.where)
+    out = torch.full((batch,), torch.nan, device=device.where), torch.full_like(there, torch.nan)
+    calls: dict[str, Callable[[Any], Any]] = {CALL: lambda _: usual.energy_and_score(x[:batch])}
+
+    def resident() -> Any:
+        return scorer.energy_and_score(there, out=out)
+
+    resident()
+    calls[ON_DEVICE + DEVICE] = on_device(device, resident)
+    if replay := attempt(f"CUDA graph of triton {precision}, batch {batch}", lambda: device.replay(resident)):
+        replay()
+        device.sync()
+        spread = float(setting.truth[0].std())  # of all events: a few have none
+        wrong = relative_rms_energy(out[0].cpu().numpy(), setting.truth[0][:batch], spread)
+        agreement["passed"] &= bool(wrong <= 4 * TOLERANCES[precision])
+
+        def waited(_: Any) -> None:
+            replay()
+            device.sync()
+
+        calls |= {GRAPH: waited, GRAPH_DEVICE + DEVICE: on_device(device, replay)}
+    for name, quantiles in sample(calls, 0.6 * setting.sample_s).items():
+        timing = name.removesuffix(DEVICE)
+        row("triton", False, batch, precision, timing, quantiles, agreement, first_s if timing == CALL else None)
+
+
+def throughput(setting: Setting, _: str) -> None:
+    """Section "throughput": on the device with buffers in rotation, larger together than its cache; over the bus."""
+    precisions = setting.pick(("bf16", "fp32", "tf32", "tf32x3", "fp16"), ("bf16", "fp32"), ("fp32",))
+    ours, usual = scorers(setting, precisions), scorers(setting, precisions, "raise")
+    on_bus = setting.pick((1 << 16, 1 << 18, 1 << 20), (1 << 20,), (8,))
+    todo = [(name, batch, p) for name, batches in
+            ((_resident, setting.pick([1 << 22, 1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12, 1 << 10],
+                                      [1 << 20, 1 << 16], [8])), (_over_the_bus, on_bus), (_pipelined, on_bus))
+            for batch in batches for p in ours]
+    for measure, batch, precision in todo:
+        what = f"throughput{measure.__name__}, triton {precision}, batch {batch}"
+        if setting.left() < 3 * setting.sample_s:
+            tell("not_run", {what: "no time left"})
+        else:
+            ready = usual if measure is _over_the_bus else ours
+            attempt(what, lambda m=measure, s=ready[precision], p=precision, n=batch: m(setting, s, p, n))
+
+
+def _rate(setting: Setting, scorer: Any, precision: str, batch: int, where: str, us: float, energy: torch.Tensor,
+          score: torch.Tensor, **more: Any) -> None:
+    """A line; the first and the last events are checked."""
+    n, agreement = min(batch, len(setting.events)), {}
+    for part in (slice(0, n), slice(batch - n, batch)):
+        which = np.arange(batch)[part] % len(setting.events)
+        found = errors((energy[part], score[part]), tuple(t[which] for t in setting.truth), precision)
+        agreement = found if not agreement or not found["passed"] else agreement
+    tell("throughput", {"precision": precision, "batch": batch, "where": where, "us": us,
+                        "events_per_s": batch / us * 1e6} | agreement | more)
+
+
+def _repeated(setting: Setting, batch: int) -> np.ndarray:
+    return np.resize(setting.events, (batch, setting.architecture[0]))
+
+
+def _resident(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
+    device, d = setting.device, setting.architecture[0]
+    nbytes = 4 * batch * (2 * d + 1)
+    buffers = max(2, -(-2 * device.l2() // nbytes))
+    if buffers * nbytes > 0.7 * device.free():
+        raise Absent(f"{buffers * nbytes >> 20} MiB of buffers do not fit on the device")
+    x = torch.from_numpy(_repeated(setting, batch)).to(device.where).expand(buffers, -1, -1).contiguous()
+    energy, score = torch.full((buffers, batch), torch.nan, device=device.where), torch.full_like(x, torch.nan)
+    turns = itertools.cycle(range(buffers))
+
+    def call() -> None:
+        i = next(turns)
+        scorer.energy_and_score(x[i], out=(energy[i], score[i]))
+
+    call()
+    timed = sample({f"it{DEVICE}": on_device(device, call, 8)}, setting.sample_s)
+    _rate(setting, scorer, precision, batch, "device", timed[f"it{DEVICE}"]["p50_us"], energy[0], score[0],
+          buffers=buffers)
+
+
+def _pinned(setting: Setting, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pinned, d = setting.device.pinned, setting.architecture[0]
+    return (pinned(batch, d).copy_(torch.from_numpy(_repeated(setting, batch))), pinned(batch).fill_(torch.nan),
+            pinned(batch, d).fill_(torch.nan))
+
+
+def _over_the_bus(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
+    """The call that people make, on pinned NumPy arrays."""
+    x, energy, score = _pinned(setting, batch)
+    arrays, out = x.numpy(), (energy.numpy(), score.numpy())
+    timed = sample({"it": lambda _: scorer.energy_and_score(arrays, out=out)}, setting.sample_s)
+    _rate(setting, scorer, precision, batch, "host", timed["it"]["p50_us"], energy, score)
+
+
+def _pipelined(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
+    """In chunks on three streams, so that both directions of the bus and the kernel overlap."""
+    if setting.dry:
+        raise Absent("a dry run has no streams")
+    x, energy, score = _pinned(setting, batch)
+    where, size = setting.device.where, min(_CHUNK, batch)
+    lanes = [(torch.cuda.Stream(), torch.empty(size, x.shape[1], device=where), torch.empty(size, device=where),
+              torch.empty(size, x.shape[1], device=where)) for _ in range(3)]
+
+    def call(_: Any) -> None:
+        for first, (stream, on_x, on_e, on_s) in zip(range(0, batch, size), itertools.cycle(lanes)):
+            chunk = slice(first, min(first + size, batch))
+            m = chunk.stop - first
+            with torch.cuda.stream(stream):
+                on_x[:m].copy_(x[chunk], non_blocking=True)
+                scorer.energy_and_score(on_x[:m], out=(on_e[:m], on_s[:m]))
+                energy[chunk].copy_(on_e[:m], non_blocking=True)
+                score[chunk].copy_(on_s[:m], non_blocking=True)
+        torch.cuda.synchronize()
+
+    timed = sample({"it": call}, setting.sample_s)
+    _rate(setting, scorer, precision, batch, "pipeline", timed["it"]["p50_us"], energy, score)

@@ -1,0 +1,176 @@
+"""The stages of bench.gpu without a GPU: they find faults, and take the way of a GPU with a device that pretends."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+triton_gpu = pytest.importorskip("kernels.triton_gpu")
+gpu_stages = pytest.importorskip("bench.gpu_stages")
+from bench import gpu_device, gpu_peers, gpu_speed, gpu_tune  # noqa: E402
+from bench.gpu_device import Device, Setting, model  # noqa: E402
+from kernels.reference import ReferenceScorer  # noqa: E402
+
+
+class Faulty:
+    """A Scorer with one fault, as a kernel might have it."""
+
+    def __init__(self, bundle, fault):
+        self.true, self.fault = ReferenceScorer(bundle, precision="fp32", on_nonfinite="propagate"), fault
+
+    def energy(self, x, k=None):
+        return self.true.energy(x, k)
+
+    def energies(self, x, out):
+        self.true.energies(x, out=out)
+        if self.fault == "levels":
+            out[:, 1] = out[:, 0]
+
+    def energy_and_score(self, x, k=None, out=(None, None)):
+        energy, score = self.true.energy_and_score(x, k, out=out)
+        if self.fault == "score":
+            score *= 1.0001
+        if self.fault == "rows" and len(x) > 40:
+            score[32] = np.nan
+        if self.fault == "outside" and isinstance(energy, torch.Tensor) and out[0] is not None:
+            torch.as_strided(energy, (len(energy) + 1,), (1,))[-1] = 0
+        if self.fault == "neighbour" and not np.isfinite(np.asarray(energy)).all():
+            energy[5] += 1e-6
+        if self.fault == "slope":
+            score *= 1.01
+        if self.fault == "host" and isinstance(x, np.ndarray):
+            energy += 1e-2
+        return energy, score
+
+
+@pytest.mark.parametrize(("fault", "failing"), [
+    (None, set()), ("score", {"agreement", "host path"}), ("rows", {"agreement", "host path"}),
+    ("outside", {"written outside"}), ("levels", {"all levels"}),
+    ("neighbour", {"isolation of nan", "isolation of inf"}),
+    ("slope", {"agreement", "host path", "finite differences"}), ("host", {"host path"}),
+])
+def test_conformance_finds_faults(fault, failing, monkeypatch):
+    told = []
+    monkeypatch.setattr(gpu_stages, "tell", lambda section, value: told.append(value))
+    bundle = model(7, 64, 2)
+    case = gpu_stages._Case(Setting(60, dry=True), bundle, Faulty(bundle, fault), "fp32")
+    for n in (1, 65):
+        case.agreement(n)
+    case.levels(9)
+    case.differences(33)
+    case.isolation(9)
+    assert {v["check"] for v in told if not v["passed"]} == failing
+
+
+class Event:
+    """torch.cuda.Event on the host's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph and Stream that do nothing."""
+
+    def replay(self):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Small(Setting):
+    """A quick run, with a smaller model."""
+
+    sample_s = 0.01
+    architecture = (7, 64, 2)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A Setting that takes the way of a GPU, on the CPU, and what it told."""
+    told = []
+    fakes = {"Event": Event, "CUDAGraph": Graph, "Stream": Graph, "current_stream": Graph,
+             "stream": lambda s: nullcontext(), "graph": lambda g: nullcontext(), "synchronize": lambda: None,
+             "_sleep": lambda cycles: None, "empty_cache": lambda: None, "mem_get_info": lambda: (1 << 32, 1 << 32)}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for module in (gpu_device, gpu_speed, gpu_peers, gpu_stages, gpu_tune):
+        monkeypatch.setattr(module, "tell", lambda *item: told.append(item), raising=False)
+    setting = Small(60, quick=True, seed=3)
+    device = Device(False)
+    device.where, device.l2 = torch.device("cpu"), lambda: 1 << 20
+    device.pinned = lambda *shape: torch.empty(shape)
+    setting.__dict__["device"] = device
+    return setting, ReferenceScorer(setting.bundle, precision="fp32", on_nonfinite="propagate"), told
+
+
+def test_the_way_of_a_gpu_through_latency_and_throughput(pretended, monkeypatch):
+    setting, scorer, told = pretended
+    gpu_speed._latency(setting, scorer, scorer, "fp32", 64)
+    assert [v["timing"] for _, v in told] == ["call", "device", "graph", "graph-device"]
+    assert all(v["passed"] for _, v in told)
+    monkeypatch.setattr(gpu_speed, "_CHUNK", 1000)
+    told.clear()
+    for measure in (gpu_speed._resident, gpu_speed._over_the_bus, gpu_speed._pipelined):
+        measure(setting, scorer, "fp32", 5500)
+    assert [(v["where"], v["passed"]) for _, v in told] == [("device", True), ("host", True), ("pipeline", True)]
+    assert told[0][1]["buffers"] == 7  # twice the cache, of 330 kB each
+
+
+def test_the_way_of_a_gpu_beside_the_peers(pretended, monkeypatch):
+    setting, scorer, told = pretended
+    monkeypatch.setattr(gpu_peers, "_compile", lambda setting, module, mode=None: module)
+    for precision in ("fp32", "bf16"):
+        gpu_peers._beside(setting, {"fp32": scorer}, precision, 512)
+    rows = {(v["scorer"], v["precision"]): v for s, v in told if s == "results"}
+    assert len(rows) == 7
+    assert all(r["passed"] for r in rows.values())
+    assert rows["torch-eager", "bf16"]["rel_rms_score"] > 1e-4 > rows["torch-eager", "fp32"]["rel_rms_score"]
+    assert next(v for s, v in told if s == "limits")["products_us"].keys() == {"fp32 512"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_candidates_of_the_search(precision):
+    committed, setting = triton_gpu.choose, Setting(60, dry=True)
+    tile = gpu_tune._tile_of(setting, precision, 3)
+    assert triton_gpu.choose is committed
+    found = list(gpu_tune.neighbours(tile))
+    assert len(found) == len(set(found)) >= 8
+    assert tile not in found
+    assert all(16 <= t.block_n <= max(tile.block_n, 64) for t in found)
+    with gpu_tune._chosen(found[0]):
+        assert gpu_tune._tile_of(setting, precision, 3) is found[0]
+    assert triton_gpu.choose is committed
+
+
+def test_a_precision_that_is_not_there_is_skipped(monkeypatch):
+    told = []
+    monkeypatch.setattr(gpu_stages, "tell", lambda *item: told.append(item))
+    gpu_stages.conformance(Setting(60, dry=True), "fp7")
+    assert told[0][0] == "skipped"
+    assert "precision is 'fp7'" in told[0][1]
+
+
+def test_only_what_is_absent_may_be_left_out(pretended):
+    _, _, told = pretended
+    for problem in (gpu_device.Absent("no such precision"), KeyError("a mistake")):
+        def call(problem=problem):
+            raise problem
+
+        assert gpu_device.attempt("triton fp7", call) is None
+    assert told == [("not_run", {"triton fp7": "no such precision"}), ("not_run", {"triton fp7": "'a mistake'"}),
+                    ("broken", "triton fp7")]
