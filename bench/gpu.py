@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench import machine as host
@@ -192,6 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true",
                         help="the same code at tiny sizes on the CPU, in Triton's interpreter: its times mean nothing")
     given = parser.parse_args(arguments)
+    if missing := [package for package in ("numpy", "torch", "triton") if find_spec(package) is None]:
+        print(f"error: {sys.executable} has no {' and no '.join(missing)}: give another one, as in "
+              "'make gpu PYTHON=.venv/bin/python'", file=sys.stderr)
+        return 2
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         report, path = measure(given.out, given.quick, given.dry_run, given.only)
