@@ -2,10 +2,13 @@
 
 #include <dlfcn.h>
 
-#include "error.h"
+#include "errors.h"
 #include "fused_ebm_cuda.h"
 
 namespace fused_ebm_cuda {
+
+using fused_ebm::Error;
+
 namespace {
 
 Driver load() {

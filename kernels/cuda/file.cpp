@@ -11,7 +11,7 @@
 #include <limits>
 #include <memory>
 
-#include "error.h"
+#include "errors.h"
 #include "fused_ebm_cuda.h"
 #include "sha256.h"
 
@@ -20,6 +20,9 @@
 #endif
 
 namespace fused_ebm_cuda {
+
+using fused_ebm::Error;
+
 namespace {
 
 constexpr uint32_t kFormatVersion = 1;

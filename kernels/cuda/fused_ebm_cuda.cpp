@@ -2,15 +2,15 @@
 #include "fused_ebm_cuda.h"
 
 #include <cmath>
-#include <exception>
 #include <limits>
-#include <new>
 #include <string>
 
-#include "error.h"
+#include "errors.h"
 #include "gpu.h"
 
 using namespace fused_ebm_cuda;
+using fused_ebm::Error;
+using fused_ebm::last_error;
 
 struct fused_ebm_cuda_model {
   fused_ebm_cuda_model(const char* path, int device) : file(read_file(path)), gpu(file, path, device) {}
@@ -21,33 +21,8 @@ struct fused_ebm_cuda_model {
 
 namespace {
 
-thread_local std::string last_error;
-
-int failed(int code, const char* message) noexcept {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
-  return code;
-}
-
-// Runs a function of the interface: no exception leaves it.
 template <class Function>
-int guarded(const Function& function) noexcept {
-  try {
-    function();
-    return FUSED_EBM_CUDA_OK;
-  } catch (const Error& e) {
-    return failed(e.code, e.what());
-  } catch (const std::bad_alloc&) {
-    return failed(FUSED_EBM_CUDA_FAILED, "out of memory");
-  } catch (const std::exception& e) {
-    return failed(FUSED_EBM_CUDA_FAILED, e.what());
-  } catch (...) {
-    return failed(FUSED_EBM_CUDA_FAILED, "an unknown error");
-  }
-}
+int guarded(const Function& function) noexcept { return fused_ebm::guarded(FUSED_EBM_CUDA_FAILED, function); }
 
 [[noreturn]] void refuse(const std::string& what) { throw Error(FUSED_EBM_CUDA_BAD_ARGUMENT, what); }
 

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <string>
 
-#include "error.h"
+#include "errors.h"
 #include "fused_ebm_cuda.h"
 
 namespace fused_ebm_cuda {
+
+using fused_ebm::Error;
+
 namespace {
 
 constexpr int64_t kBlock = 65536;        // events that score() holds on the GPU at a time

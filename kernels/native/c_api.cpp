@@ -2,12 +2,11 @@
 #include "fused_ebm.h"
 
 #include <cmath>
-#include <exception>
 #include <limits>
-#include <new>
 #include <string>
 #include <utility>
 
+#include "errors.h"
 #include "febm.h"
 #include "model.h"
 
@@ -26,33 +25,8 @@ struct fused_ebm_model {
 
 namespace {
 
-thread_local std::string last_error;
-
-int failed(int code, const char* message) noexcept {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
-  return code;
-}
-
-// Runs a function of the interface: no exception leaves it.
 template <class Function>
-int guarded(const Function& function) noexcept {
-  try {
-    function();
-    return FUSED_EBM_OK;
-  } catch (const Error& e) {
-    return failed(e.code, e.what());
-  } catch (const std::bad_alloc&) {
-    return failed(FUSED_EBM_FAILED, "out of memory");
-  } catch (const std::exception& e) {
-    return failed(FUSED_EBM_FAILED, e.what());
-  } catch (...) {
-    return failed(FUSED_EBM_FAILED, "an unknown error");
-  }
-}
+int guarded(const Function& function) noexcept { return fused_ebm::guarded(FUSED_EBM_FAILED, function); }
 
 [[noreturn]] void refuse(const std::string& what) { throw Error(FUSED_EBM_BAD_ARGUMENT, what); }
 

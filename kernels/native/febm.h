@@ -2,19 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "errors.h"
 #include "model.h"
 
 namespace fused_ebm {
-
-// `code` is one of fused_ebm.h.
-struct Error : std::runtime_error {
-  Error(int code, const std::string& message) : std::runtime_error(message), code(code) {}
-  int code;
-};
 
 struct File {
   Buffer memory{nullptr, &std::free};
