@@ -34,6 +34,35 @@ struct alignas(64) TileConfig {
   }
 };
 
+// The sums are in tiles 0 to Count - 1.
+template <int Count>
+INLINE void zero_sums() {
+  _tile_zero(0);
+  if constexpr (Count > 1) {
+    _tile_zero(1);
+  }
+  if constexpr (Count > 2) {
+    _tile_zero(2);
+  }
+  if constexpr (Count > 3) {
+    _tile_zero(3);
+  }
+}
+
+template <int Count>
+INLINE void store_sums(int32_t* to, int stride) {
+  _tile_stored(0, to, 64);
+  if constexpr (Count > 1) {
+    _tile_stored(1, to + stride, 64);
+  }
+  if constexpr (Count > 2) {
+    _tile_stored(2, to + 2 * stride, 64);
+  }
+  if constexpr (Count > 3) {
+    _tile_stored(3, to + 3 * stride, 64);
+  }
+}
+
 // 16 events: sums in tiles 0 to 3, activations in 4 to 6, weights in 7.
 template <int Digits>
 struct Tiles {
@@ -41,16 +70,7 @@ struct Tiles {
   static constexpr int kRows = 16, kGroup = 2, kPauses = Digits == 3 ? 4 : Digits;
   static constexpr TileConfig kConfig{16, 7};
 
-  static INLINE void start() {
-    _tile_zero(0);
-    if constexpr (Digits > 1) {
-      _tile_zero(1);
-      _tile_zero(2);
-    }
-    if constexpr (Digits > 2) {
-      _tile_zero(3);
-    }
-  }
+  static INLINE void start() { zero_sums<levels_of(Digits)>(); }
 
   template <class Pause>
   static INLINE void step(const uint8_t* a, const int8_t* w, const Pause& pause) {
@@ -80,16 +100,7 @@ struct Tiles {
     pause();
   }
 
-  static INLINE void finish(int32_t* sums) {
-    _tile_stored(0, sums, 64);
-    if constexpr (Digits > 1) {
-      _tile_stored(1, sums + 256, 64);
-      _tile_stored(2, sums + 512, 64);
-    }
-    if constexpr (Digits > 2) {
-      _tile_stored(3, sums + 768, 64);
-    }
-  }
+  static INLINE void finish(int32_t* sums) { store_sums<levels_of(Digits)>(sums, 256); }
 
   static INLINE IntVec level(const int32_t* sums, int l, int e) { return load_int(sums + l * 256 + e * 16); }
 };
@@ -101,15 +112,7 @@ struct StackedTiles {
   static constexpr int kRows = 5, kGroup = kRows, kPauses = Digits, kHeight = Digits * kRows;
   static constexpr TileConfig kConfig{kHeight, 4};
 
-  static INLINE void start() {
-    _tile_zero(0);
-    if constexpr (Digits > 1) {
-      _tile_zero(1);
-    }
-    if constexpr (Digits > 2) {
-      _tile_zero(2);
-    }
-  }
+  static INLINE void start() { zero_sums<Digits>(); }
 
   template <class Pause>
   static INLINE void step(const uint8_t* a, const int8_t* w, const Pause& pause) {
@@ -129,15 +132,7 @@ struct StackedTiles {
     }
   }
 
-  static INLINE void finish(int32_t* sums) {
-    _tile_stored(0, sums, 64);
-    if constexpr (Digits > 1) {
-      _tile_stored(1, sums + kHeight * 16, 64);
-    }
-    if constexpr (Digits > 2) {
-      _tile_stored(2, sums + 2 * kHeight * 16, 64);
-    }
-  }
+  static INLINE void finish(int32_t* sums) { store_sums<Digits>(sums, kHeight * 16); }
 
   static INLINE IntVec level(const int32_t* sums, int l, int e) {
     IntVec total = {};

@@ -44,11 +44,14 @@ struct DigitMatrices {
   DigitMatrix forward, backward;
 };
 
+// Static, like all that is compiled once per instruction set: a copy built for a newer processor must not be linked into
+// code for an older one.
+//
 // Levels of products of digits that are summed.
-constexpr int levels_of(int digits) { return digits == 3 ? 4 : 2 * digits - 1; }
+static inline constexpr int levels_of(int digits) { return digits == 3 ? 4 : 2 * digits - 1; }
 
 // The largest whole number that so many balanced digits are made of.
-constexpr float limit_of(int digits) { return digits == 3 ? 127 * 65536.0f : digits == 2 ? 127 * 256.0f : 127.0f; }
+static inline constexpr float limit_of(int digits) { return digits == 3 ? 127 * 65536.0f : digits == 2 ? 127 * 256.0f : 127.0f; }
 
 struct Model {
   Sizes sizes;
@@ -89,9 +92,9 @@ struct Passes {
 
 // `products` as they are, or few where small batches are to go on threads, too.
 #ifdef FUSED_EBM_SHARE
-constexpr int64_t share_of(int64_t) { return FUSED_EBM_SHARE; }
+static inline constexpr int64_t share_of(int64_t) { return FUSED_EBM_SHARE; }
 #else
-constexpr int64_t share_of(int64_t products) { return products; }
+static inline constexpr int64_t share_of(int64_t products) { return products; }
 #endif
 
 enum Precision { kFloat32, kInt16, kInt8, kPrecisions };

@@ -1,7 +1,7 @@
 // One vector of floats, and the functions of it that a network needs.
 //
-// Written with the compiler's vector extensions, so that the same lines serve every instruction set; the one
-// intrinsic is the reciprocal estimate. This header is compiled once per instruction set (see kernel.cpp):
+// Written with the compiler's vector extensions, so that the same lines serve every instruction set; intrinsics
+// are only where the compiler has no operator of its own. This header is compiled once per instruction set (see kernel.cpp):
 // everything lives in an unnamed namespace, and nothing of the standard library is used, so that no function
 // built for a newer processor can be linked into code for an older one.
 #pragma once
