@@ -31,6 +31,7 @@ reason, and the next one goes on. What they found is kept in DIR/<name of the GP
   latency       a call: NumPy to NumPy, on the device, as a CUDA graph
   throughput    to four million events, on the device and over the bus
   peers         eager and compiled PyTorch in the same precisions, and the matrix products alone
+  hopper        the kernel for sm_90: conformance, throughput, latency
   training      a step of denoising score matching
   tune          tiles around the table's: prints what would be better
   memcheck      compute-sanitizer, where it is on PATH
@@ -45,6 +46,7 @@ RESULT_FIELDS = (
 BUDGET_US = 5_000
 LISTS = ("results", "tune", "throughput", "training", "conformance")
 CONFORMANCE = tuple(f"conformance:{p}" for p in ("fp32", "tf32x3", "tf32", "fp16", "bf16"))
+HOPPER = ("hopper:conformance:bf16", "hopper:conformance:fp16")
 _RATE = {"tf32x3": "tf32"}  # precision -> the matrix products that bound it, where it is another
 
 
@@ -59,9 +61,11 @@ class Stage:
 
 MACHINE = Stage(("machine",), 60, 40)
 STAGES = (Stage(("ceilings",), 40, 20), Stage(CONFORMANCE, 120, 40), Stage(("latency",), 75, 25),
-          Stage(("throughput",), 75, 20), Stage(("peers",), 110, 35), Stage(("training",), 80, 25),
+          Stage(("throughput",), 75, 20), Stage(HOPPER, 50, 20), Stage(("hopper:speed",), 60, 20),
+          Stage(("peers",), 110, 35), Stage(("training",), 80, 25),
           Stage(("tune",), 85, 0), Stage(("peers:max",), 80, 0), Stage(("memcheck",), 40, 0))
-NOT_DRY = ("conformance:tf32x3", "conformance:tf32", "conformance:fp16", "memcheck")  # nothing new on a CPU
+NOT_DRY = ("conformance:tf32x3", "conformance:tf32", "conformance:fp16", *HOPPER, "hopper:speed", "tune",
+           "memcheck")  # nothing on a CPU
 LIMIT_S, QUICK_LIMIT_S = 520.0, 118.0
 _LEAST_S = 8.0  # a stage that has less does not start
 BETTER = 1.02  # than the tile of the table; less is noise
@@ -129,11 +133,11 @@ def failed(report: dict) -> list[str]:
            if s["status"] in (FAILED, TIMED_OUT)]
     bad += [f"stage {n}: {what}: {report['machine']['not_run'][what]}" for n, s in report["stages"].items()
             for what in s["broken"]]
-    bad += [f"{c['precision']} {c['model']}, {c['check']}, n = {c['n']}: not within {c['bound']:g}"
+    bad += [f"{c['kernel']} {c['precision']} {c['model']}, {c['check']}, n = {c['n']}: not within {c['bound']:g}"
             for c in report["conformance"] if not c["passed"]]
-    bad += [f"triton {r['precision']}, batch {r['batch']}, {r['timing']}: too far from float64"
+    bad += [f"{r['scorer']} {r['precision']}, batch {r['batch']}, {r['timing']}: too far from float64"
             for r in report["results"] if not r["peer"] and not r["passed"]]
-    bad += [f"triton {t['precision']}, batch {t['batch']}, {t['where']}: too far from float64"
+    bad += [f"{t['kernel']} {t['precision']}, batch {t['batch']}, {t['where']}: too far from float64"
             for t in report["throughput"] if not t["passed"]]
     return bad + [f"training step of kernels.autograd, {t['precision']}, batch {t['batch']}: wrong gradients"
                   for t in report["training"] if t["method"] == "fused" and not t["passed"]]

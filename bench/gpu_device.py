@@ -20,6 +20,7 @@ from bench.gpu_isolate import tell
 from bench.timer import interleave
 from ebm.bundle import Bundle
 from ebm.preprocess import Preprocessing
+from kernels.launch import LAUNCHERS
 from kernels.reference import ReferenceScorer
 from kernels.tolerances import CHECK_EVENTS, TOLERANCES, relative_rms_energy, relative_rms_score
 
@@ -36,12 +37,13 @@ class Absent(RuntimeError):
 
 @dataclass(frozen=True)
 class Setting:
-    """How much a stage may do. `dry`: tiny sizes, on the CPU."""
+    """How much a stage may do, and with which of our kernels. `dry`: tiny sizes, on the CPU."""
 
     seconds: float
     quick: bool = False
     dry: bool = False
     seed: int = 0
+    kernel: str = "triton"
     started: float = field(default_factory=time.perf_counter)
 
     def left(self) -> float:
@@ -73,7 +75,7 @@ class Setting:
     @cached_property
     def events(self) -> np.ndarray:
         """The events that are timed and checked."""
-        return events(self.pick(CHECK_EVENTS, CHECK_EVENTS, 4), self.architecture[0], self.seed)
+        return events(self.pick(CHECK_EVENTS, CHECK_EVENTS, 16), self.architecture[0], self.seed)
 
     @cached_property
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
@@ -170,14 +172,14 @@ def events(n: int, features: int, seed: int, missing: float = 0.1) -> np.ndarray
     return x
 
 
-def scorer(bundle: Bundle, precision: str, **options: Any) -> Any:
-    """The TritonScorer; Absent where it has no such precision."""
+def scorer(bundle: Bundle, precision: str, kernel: str = "triton", **options: Any) -> Any:
+    """The TritonScorer of a kernel; Absent where that has no such precision, or does not take the model."""
     from kernels.triton_gpu import TritonScorer
 
     try:
-        return TritonScorer(bundle, precision=precision, **options)
+        return TritonScorer(bundle, precision=precision, kernel=kernel, **options)
     except ValueError as e:
-        if "precision is" in str(e):
+        if "precision is" in str(e) or "cannot run" in str(e):
             raise Absent(sentence(e)) from e
         raise
 
@@ -186,8 +188,8 @@ def scorers(setting: Setting, among: tuple[str, ...] = PRECISIONS, on_nonfinite:
     """Precision -> Scorer of the timed model, for all that there are; unless they raise, nothing waits for the GPU."""
     found = {}
     for precision in among:
-        attempt(f"triton {precision}", lambda p=precision: found.update(
-            {p: scorer(setting.bundle, p, on_nonfinite=on_nonfinite)}))
+        attempt(f"{setting.kernel} {precision}", lambda p=precision: found.update(
+            {p: scorer(setting.bundle, p, setting.kernel, on_nonfinite=on_nonfinite)}))
     return found
 
 
@@ -197,7 +199,7 @@ def attempt(what: str, call: Callable[[], Any]) -> Any:
         return call()
     except Exception as e:  # one that breaks is a result, not the end of the stage
         tell("not_run", {what: sentence(e)})
-        if "triton" in what and not isinstance(e, Absent):
+        if any(kernel in what for kernel in LAUNCHERS) and not isinstance(e, Absent):
             tell("broken", what)
         return None
 

@@ -25,7 +25,7 @@ from bench.gpu_isolate import tell
 from bench.gpu_speed import ON_DEVICE, row
 from ebm.dsm import dsm_loss, geometric_sigmas
 from ebm.networks import EnergyNetwork
-from export.score_graph import FixedLevelGraph
+from export.score_graph import ExportGraph, Options
 from kernels.tolerances import TOLERANCES
 
 EAGER, ANALYTIC, COMPILED, MAX = "torch-eager", "torch-eager-analytic", "torch-compile", "torch-compile-max"
@@ -38,9 +38,9 @@ class Analytic(nn.Module):
 
     def __init__(self, setting: Setting, precision: str):
         super().__init__()
-        graph = FixedLevelGraph(setting.bundle)
+        graph = ExportGraph(setting.bundle, Options.of(setting.bundle))
         self.dtype, self.level = DTYPES.get(precision, torch.float32), graph.level
-        self.preprocessing, self.network = graph.model.preprocessing, graph.model.network.to(self.dtype)
+        self.preprocessing, self.network = graph.preprocessing, graph.network.to(self.dtype)
         self.to(setting.device.where)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +66,14 @@ def _compile(setting: Setting, module: Callable, mode: str | None = None) -> Cal
 def peers(setting: Setting, which: str) -> None:
     """Times on the device alone, ours and theirs in turns; one mode of the matrix products at a time.
 
-    `which` is "max" for torch.compile with tuned matrix products, which takes long.
+    `which` is "max" for torch.compile with tuned matrix products, which takes long. The kernel for Hopper is timed
+    alone: the others have been.
     """
     if which == "max":
         return _beside(setting, {}, "bf16", setting.pick(1 << 18, 1 << 18, 8), mode="max-autotune-no-cudagraphs")
     ours = scorers(setting)
     precisions = setting.pick(("bf16", "fp32", "tf32", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"))
+    precisions = [p for p in precisions if setting.kernel == "triton" or p in ours]
     batches = setting.pick((1 << 18, 8192), (1 << 18,), (8,))
     for batch in batches:
         for precision in precisions:
@@ -87,10 +89,11 @@ def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, 
     graph = Analytic(setting, precision)
     out = torch.empty(batch, device=device.where), torch.empty_like(x)
     contenders: dict[tuple[str, str], Callable[[], Any]] = {
-        ("triton", p): lambda s=ours[p]: s.energy_and_score(x, out=out) for p in _SAME_MODE[precision] if p in ours}
+        (setting.kernel, p): lambda s=ours[p]: s.energy_and_score(x, out=out)
+        for p in _SAME_MODE[precision] if p in ours}
     if mode:
         contenders[MAX, precision] = _without_gradients(_compile(setting, graph, mode), x)
-    else:
+    elif setting.kernel == "triton":
         contenders |= {(EAGER, precision): lambda: graph.by_autograd(x),
                        (ANALYTIC, precision): _without_gradients(graph, x),
                        (COMPILED, precision): _without_gradients(_compile(setting, graph), x)}
@@ -101,7 +104,7 @@ def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, 
             ready[f"{name} {p}{DEVICE}"] = on_device(device, call)
 
         attempt(f"{name} {p}, batch {batch}", check)
-    if not mode:
+    if not mode and setting.kernel == "triton":
         products = _products(setting, precision, batch)
         products()
         ready[PRODUCTS + DEVICE] = on_device(device, products)
@@ -110,7 +113,7 @@ def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, 
         if name == PRODUCTS:
             tell("limits", {"products_us": {f"{precision} {batch}": quantiles["p50_us"]}})
         else:
-            row(name, name != "triton", batch, p, ON_DEVICE, quantiles, agreement[name, p])
+            row(name, name != setting.kernel, batch, p, ON_DEVICE, quantiles, agreement[name, p])
 
 
 def _without_gradients(module: Callable, x: Tensor) -> Callable[[], Any]:

@@ -18,7 +18,6 @@ from bench.peers import ENERGY_AND_SCORE
 from kernels.tolerances import TOLERANCES, relative_rms_energy
 
 CALL, ON_DEVICE, GRAPH, GRAPH_DEVICE = "call", "device", "graph", "graph-device"
-_CHUNK = 1 << 15  # events at a time on their way over the bus
 
 
 def row(name: str, peer: bool, batch: int, precision: str, timing: str, quantiles: dict, agreement: dict,
@@ -42,7 +41,7 @@ def latency(setting: Setting, _: str) -> None:
             usual, ours = scorers(setting, precisions, "raise"), scorers(setting, precisions)
             for batch in setting.pick((1, 8, 64, 512, 4096), (1, 64, 4096), (1,)):
                 for precision in ours:
-                    attempt(f"latency of triton {precision}, batch {batch}",
+                    attempt(f"latency of {setting.kernel} {precision}, batch {batch}",
                             lambda p=precision, n=batch: _latency(setting, usual[p], ours[p], p, n))
         finally:
             os.environ.pop("TRITON_CACHE_DIR") if before is None else os.environ.update(TRITON_CACHE_DIR=before)
@@ -64,7 +63,7 @@ def _latency(setting: Setting, usual: Any, scorer: Any, precision: str, batch: i
 
     resident()
     calls[ON_DEVICE + DEVICE] = on_device(device, resident)
-    if replay := attempt(f"CUDA graph of triton {precision}, batch {batch}", lambda: device.replay(resident)):
+    if replay := attempt(f"CUDA graph of {setting.kernel} {precision}, batch {batch}", lambda: device.replay(resident)):
         replay()
         device.sync()
         spread = float(setting.truth[0].std())  # of all events: a few have none
@@ -78,7 +77,7 @@ def _latency(setting: Setting, usual: Any, scorer: Any, precision: str, batch: i
         calls |= {GRAPH: waited, GRAPH_DEVICE + DEVICE: on_device(device, replay)}
     for name, quantiles in sample(calls, 0.6 * setting.sample_s).items():
         timing = name.removesuffix(DEVICE)
-        row("triton", False, batch, precision, timing, quantiles, agreement, first_s if timing == CALL else None)
+        row(setting.kernel, False, batch, precision, timing, quantiles, agreement, first_s if timing == CALL else None)
 
 
 def throughput(setting: Setting, _: str) -> None:
@@ -88,14 +87,14 @@ def throughput(setting: Setting, _: str) -> None:
     on_bus = setting.pick((1 << 16, 1 << 18, 1 << 20), (1 << 20,), (8,))
     todo = [(name, batch, p) for name, batches in
             ((_resident, setting.pick([1 << 22, 1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12, 1 << 10],
-                                      [1 << 20, 1 << 16], [8])), (_over_the_bus, on_bus), (_pipelined, on_bus))
+                                      [1 << 20, 1 << 16], [8])), (_over_the_bus, on_bus), (_pageable, on_bus))
             for batch in batches for p in ours]
     for measure, batch, precision in todo:
-        what = f"throughput{measure.__name__}, triton {precision}, batch {batch}"
+        what = f"throughput{measure.__name__}, {setting.kernel} {precision}, batch {batch}"
         if setting.left() < 3 * setting.sample_s:
             tell("not_run", {what: "no time left"})
         else:
-            ready = usual if measure is _over_the_bus else ours
+            ready = ours if measure is _resident else usual
             attempt(what, lambda m=measure, s=ready[precision], p=precision, n=batch: m(setting, s, p, n))
 
 
@@ -107,7 +106,7 @@ def _rate(setting: Setting, scorer: Any, precision: str, batch: int, where: str,
         which = np.arange(batch)[part] % len(setting.events)
         found = errors((energy[part], score[part]), tuple(t[which] for t in setting.truth), precision)
         agreement = found if not agreement or not found["passed"] else agreement
-    tell("throughput", {"precision": precision, "batch": batch, "where": where, "us": us,
+    tell("throughput", {"kernel": setting.kernel, "precision": precision, "batch": batch, "where": where, "us": us,
                         "events_per_s": batch / us * 1e6} | agreement | more)
 
 
@@ -142,32 +141,18 @@ def _pinned(setting: Setting, batch: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _over_the_bus(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
-    """The call that people make, on pinned NumPy arrays."""
-    x, energy, score = _pinned(setting, batch)
+    """The call that people make, on NumPy arrays in pinned memory."""
+    _host_to_host(setting, scorer, precision, _pinned(setting, batch), "host")
+
+
+def _pageable(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
+    """The same on plain arrays, which go by way of pinned buffers."""
+    x, energy, score = (torch.from_numpy(a.numpy().copy()) for a in _pinned(setting, batch))
+    _host_to_host(setting, scorer, precision, (x, energy, score), "pageable")
+
+
+def _host_to_host(setting: Setting, scorer: Any, precision: str, tensors: tuple[torch.Tensor, ...], where: str) -> None:
+    x, energy, score = tensors
     arrays, out = x.numpy(), (energy.numpy(), score.numpy())
     timed = sample({"it": lambda _: scorer.energy_and_score(arrays, out=out)}, setting.sample_s)
-    _rate(setting, scorer, precision, batch, "host", timed["it"]["p50_us"], energy, score)
-
-
-def _pipelined(setting: Setting, scorer: Any, precision: str, batch: int) -> None:
-    """In chunks on three streams, so that both directions of the bus and the kernel overlap."""
-    if setting.dry:
-        raise Absent("a dry run has no streams")
-    x, energy, score = _pinned(setting, batch)
-    where, size = setting.device.where, min(_CHUNK, batch)
-    lanes = [(torch.cuda.Stream(), torch.empty(size, x.shape[1], device=where), torch.empty(size, device=where),
-              torch.empty(size, x.shape[1], device=where)) for _ in range(3)]
-
-    def call(_: Any) -> None:
-        for first, (stream, on_x, on_e, on_s) in zip(range(0, batch, size), itertools.cycle(lanes)):
-            chunk = slice(first, min(first + size, batch))
-            m = chunk.stop - first
-            with torch.cuda.stream(stream):
-                on_x[:m].copy_(x[chunk], non_blocking=True)
-                scorer.energy_and_score(on_x[:m], out=(on_e[:m], on_s[:m]))
-                energy[chunk].copy_(on_e[:m], non_blocking=True)
-                score[chunk].copy_(on_s[:m], non_blocking=True)
-        torch.cuda.synchronize()
-
-    timed = sample({"it": call}, setting.sample_s)
-    _rate(setting, scorer, precision, batch, "pipeline", timed["it"]["p50_us"], energy, score)
+    _rate(setting, scorer, precision, len(x), where, timed["it"]["p50_us"], energy, score)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from bench.gpu_device import (
     scorer,
 )
 from bench.gpu_isolate import SKIPPED, tell
-from ebm.bundle import Bundle
+from ebm.bundle import Bundle, Threshold
 from kernels.reference import ReferenceScorer
 from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score
 
@@ -115,7 +116,7 @@ def conformance(setting: Setting, precision: str) -> None:
                                                  [(5, 64, 1)]):
         bundle = model(features, hidden, layers, setting.seed)
         try:
-            ours = scorer(bundle, precision, on_nonfinite="propagate")
+            ours = scorer(bundle, precision, setting.kernel, on_nonfinite="propagate")
         except Absent as e:
             return tell(SKIPPED, str(e))
         case = _Case(setting, bundle, ours, precision)
@@ -124,6 +125,7 @@ def conformance(setting: Setting, precision: str) -> None:
         case.levels(setting.pick(257, 257, 3))
         case.differences(setting.pick(1024, 1024, 3))
         case.isolation(setting.pick(257, 257, 9))
+        case.flags(setting.pick(4099, 257, 9))
 
 
 class _Case:
@@ -132,7 +134,7 @@ class _Case:
     def __init__(self, setting: Setting, bundle: Bundle, ours: object, precision: str):
         a = bundle.architecture
         self.where, self.seed, self.d = setting.device.where, setting.seed, a.input_dim
-        self.bundle, self.ours, self.precision = bundle, ours, precision
+        self.bundle, self.ours, self.precision, self.kernel = bundle, ours, precision, setting.kernel
         self.model = f"{a.input_dim}/{a.hidden_dim}/{a.n_layers}"
         self.reference = ReferenceScorer(bundle)
         energy, score = self.reference.energy_and_score(events(setting.pick(4096, 4096, 64), self.d, self.seed + 1))
@@ -140,8 +142,8 @@ class _Case:
 
     def say(self, check: str, n: int, bound: float, **found: float) -> None:
         passed = all(v <= bound for v in found.values())  # NaN is no agreement
-        tell("conformance", {"precision": self.precision, "model": self.model, "check": check, "n": n, "bound": bound,
-                             "passed": passed} | found)
+        tell("conformance", {"kernel": self.kernel, "precision": self.precision, "model": self.model, "check": check,
+                             "n": n, "bound": bound, "passed": passed} | found)
 
     def tolerance(self, n: int) -> float:
         """The table is about the RMS over 4096 events: a few of them may lie further out."""
@@ -198,6 +200,30 @@ class _Case:
             reached = sum(int((f.cpu()[~bad] != c.cpu()[~bad]).sum()) for f, c in zip(found, clean))
             self.say(f"isolation of {value}", n, 0, hidden=hidden, reached=reached)
 
+    def flags(self, n: int) -> None:
+        """Flags of the kernel are its own energies above the threshold, strictly: that of an event is among them."""
+        x = events(n, self.d, self.seed + 5)
+        threshold = Threshold(float(self.ours.energy(x)[n // 2]), 0.5, 0.95, 1, 1, 1.0, False,
+                              self.bundle.default_level)
+        ours = scorer(replace(self.bundle, threshold=threshold), self.precision, self.kernel)
+        for how, given in (("device", torch.from_numpy(x).to(self.where)), ("host", x)):
+            wrong = int((np.asarray(ours.flag(given).cpu() if how == "device" else ours.flag(given))
+                         != (np.asarray(ours.energy(x)) > threshold.energy)).sum())
+            self.say(f"flags, {how}", n, 0, wrong=wrong)
+
+
+def hopper(setting: Setting, argument: str) -> None:
+    """Another stage, by the kernel for Hopper: "conformance:bf16", "speed"."""
+    from kernels.hopper import CC
+
+    if setting.dry or torch.cuda.get_device_capability() != divmod(CC, 10):
+        return tell(SKIPPED, f"the kernel for Hopper needs sm_{CC}")
+    setting, (stage, _, precision) = replace(setting, kernel="hopper"), argument.partition(":")
+    if stage == "conformance":
+        return conformance(setting, precision)
+    for timed in (gpu_speed.throughput, gpu_peers.peers, gpu_speed.latency):
+        timed(setting, "")
+
 
 def memcheck(setting: Setting, _: str) -> None:
     """compute-sanitizer over a small case."""
@@ -228,7 +254,7 @@ def memcheck_case(setting: Setting, _: str) -> None:
 STAGES: dict[str, Callable[[Setting, str], None]] = {
     "machine": machine, "ceilings": ceilings, "conformance": conformance, "latency": gpu_speed.latency,
     "throughput": gpu_speed.throughput, "peers": gpu_peers.peers, "training": gpu_peers.training,
-    "tune": gpu_tune.tune, "memcheck": memcheck, "memcheck-case": memcheck_case,
+    "hopper": hopper, "tune": gpu_tune.tune, "memcheck": memcheck, "memcheck-case": memcheck_case,
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def figures(report: dict) -> list[Figure]:
 
 def _matrix_rate(flows: list[dict]) -> Figure:
     best = _most((f for f in flows if f["where"] == "device" and f["precision"] in HALF), "share_of_bf16")
-    how = f"triton {best['precision']}, batch {best['batch']}" if best else ""
+    how = f"{best['kernel']} {best['precision']}, batch {best['batch']}" if best else ""
     return Figure("share of the bf16 matrix rate", best and best["share_of_bf16"], 0.4, 0.6, "%", how)
 
 
@@ -60,7 +60,7 @@ def _against_compiled(rows: list[dict], ours: tuple[str, ...], theirs: str, want
         return Figure(what, None, wanted, dream, "x")
     peer, best = (min((r for r in group if r["batch"] == batch), key=lambda r: r["p50_us"]) for group in (peers, own))
     return Figure(what, peer["p50_us"] / best["p50_us"], wanted, dream, "x",
-                  f"triton {best['precision']}, {peer['scorer']}, batch {batch}")
+                  f"{best['scorer']} {best['precision']}, {peer['scorer']}, batch {batch}")
 
 
 def _latency(rows: list[dict], timing: str, quantile: str, what: str, wanted: float, dream: float) -> Figure:
@@ -69,12 +69,13 @@ def _latency(rows: list[dict], timing: str, quantile: str, what: str, wanted: fl
            and r[quantile] is not None]
     own = [r for r in own if r["precision"] in EXACT] or own
     best = min(own, key=lambda r: r[quantile], default=None)
-    return Figure(what, best and best[quantile], wanted, dream, "us", f"triton {best['precision']}" if best else "")
+    return Figure(what, best and best[quantile], wanted, dream, "us",
+                  f"{best['scorer']} {best['precision']}" if best else "")
 
 
 def _bus(flows: list[dict]) -> Figure:
-    best = _most((f for f in flows if f["where"] in ("host", "pipeline")), "share_of_bus")
-    how = f"triton {best['precision']}, batch {best['batch']}, {best['where']}" if best else ""
+    best = _most((f for f in flows if f["where"] == "host"), "share_of_bus")
+    how = f"{best['kernel']} {best['precision']}, batch {best['batch']}" if best else ""
     return Figure("host to host, share of the bus", best and best["share_of_bus"], 0.8, 0.95, "%", how)
 
 

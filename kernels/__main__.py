@@ -1,5 +1,6 @@
 """`python -m kernels`: the backends, and why each can or cannot run here; `pack` writes a model for C and C++, `cubin`
-one for NVIDIA GPUs, and `calibrate` reports what a reduced precision costs in physics."""
+one for NVIDIA GPUs, `tune` looks for the fastest tiles on a GPU, and `calibrate` reports what a reduced precision costs
+in physics."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     "**python -m kernels**\n\n"
     "**python -m kernels pack** models/demo demo.febm\n\n"
     "**python -m kernels cubin** models/demo demo-cuda\n\n"
+    "**python -m kernels tune** --precision bf16\n\n"
     "**python -m kernels calibrate** models/demo toy",
 )
 
@@ -95,6 +97,49 @@ def cubin(
         sizes = c.write_cubin(bundle, out, map(int, words), precision)
     for name, size in sizes.items():
         print(f"{out / name}: {size:,} bytes")
+
+
+@app.command(epilog="Example: python -m kernels tune --precision bf16 --precision fp32")
+@one_sentence
+def tune(
+    precision: Annotated[list[str] | None, typer.Option(help="Repeated for several. Default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: the table, kernels/tiles.json.")] = None,
+) -> None:
+    """Time tiles of the Triton kernel on this machine's GPU, and write the fastest into the tile table.
+
+    For each precision two tiles are looked for, that of small batches and that of large ones. What spills registers, or
+    gives other results, is left out. Takes some minutes for each precision; needs an NVIDIA GPU (sm_80 and newer).
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from kernels.tiles import PRECISIONS, TABLE, describe, read_table, write_table
+    from kernels.triton_gpu import why_not
+
+    if unknown := set(precision or ()) - set(PRECISIONS):
+        raise ValueError(f"precision is {min(unknown)!r}, expected {', '.join(map(repr, PRECISIONS))}")
+    if reason := why_not():
+        raise RuntimeError(f"tiles are timed on a GPU: {reason}")
+    from kernels import tune as t
+
+    gpu, path, table = t.OnGpu(), out or TABLE, read_table()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling")
+
+        def tell(trial: t.Trial) -> None:
+            said = trial.problem or f"{trial.us:.1f} us"
+            bar.update(task, description=f"{trial.precision}, {trial.regime}: {describe(trial.tile)}: {said}")
+
+        table, pairs = t.tune(gpu, table, precision or PRECISIONS, tell=tell)
+    shown = Table("precision", "regime", "batch", "table's tile", "us", "fastest", "us", title=gpu.name)
+    for before, best in pairs:
+        shown.add_row(before.precision, before.regime, str(t.BATCHES[before.regime]), describe(before.tile),
+                      f"{before.us:.1f}", describe(best.tile), f"{best.us:.1f}")
+    Console().print(shown)
+    write_table(table, path)
+    print(f"{path}: written. 'python -m kernels.resources' writes what the tiles take of every chip")
 
 
 @app.command(epilog="Example: python -m kernels calibrate runs/higgs training.csv.gz --precision int8")

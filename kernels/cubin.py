@@ -63,13 +63,14 @@ ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_DISABLE_LINE_INFO": "1"}
 
 class Kind(IntEnum):
     """What a parameter of the kernel is. Its value is of a CONSTANT the bits, of WEIGHTS an offset in bytes, of SCRATCH
-    the bytes of a program (several such parameters lie one after the other), else 0."""
+    the bytes of a program (several such parameters lie one after the other), else 0. FLAG may be NULL at the launch."""
 
-    CONSTANT, WEIGHTS, X, ENERGY, SCORE, SCRATCH, EVENTS, LEVEL = range(8)
+    CONSTANT, WEIGHTS, X, ENERGY, SCORE, SCRATCH, EVENTS, LEVEL, FLAG = range(9)
 
 
-# What is known at the launch alone. Pointers that are not named here are weights, in the order of `_weights`.
-_AT_LAUNCH = {"x": Kind.X, "energy": Kind.ENERGY, "score": Kind.SCORE, "n": Kind.EVENTS, "first_level": Kind.LEVEL}
+# What is known at the launch alone. Pointers that are not named here are weights, in the order of `launch.WEIGHTS`.
+_AT_LAUNCH = {"x": Kind.X, "energy": Kind.ENERGY, "score": Kind.SCORE, "flag": Kind.FLAG, "n": Kind.EVENTS,
+              "first_level": Kind.LEVEL}
 _BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 
 
@@ -89,21 +90,26 @@ class Kernel:
 
 def compile_kernel(bundle: Bundle, cc: int, tile: Tile, with_score: bool, precision: str,
                    weights: Iterable[int]) -> Kernel:
-    """Energy, or energy and score, at one level; `weights` are the offsets of the arrays of `triton_gpu._weights`."""
+    """Energy, or energy and score, at one level, and flags where the model has a threshold.
+
+    `weights` are the offsets of the arrays of `launch.load`.
+    """
     from kernels.triton_kernel import compile_for, padded
 
     a = bundle.architecture
     made = compile_for(cc, features=a.input_dim, hidden=a.hidden_dim, layers=a.n_layers, with_score=with_score,
-                       precision=precision, tile=tile)
+                       flagged=bundle.threshold is not None, precision=precision, tile=tile)
     m, ptx = made.metadata, made.asm["ptx"]
     if m.num_ctas != 1 or m.launch_cooperative_grid or m.launch_pdl or m.global_scratch_size or m.profile_scratch_size:
         raise RuntimeError(f"the kernel for sm_{cc} needs a cluster, a cooperative launch or scratch memory of Triton")
     types = {name: t for name, t in made.src.signature.items() if t != "constexpr"}
+    threshold = 0.0 if bundle.threshold is None else bundle.threshold.energy
     buffer = tile.block_m * max(padded(a.input_dim), padded(a.hidden_dim))
     scratch = {"scratch": (3 + a.n_layers if with_score else 3) * buffer, "wide": 2 * buffer}
     known = ({name: (kind, 0) for name, kind in _AT_LAUNCH.items()}
              | {name: (Kind.SCRATCH, n * _BYTES[types[name]]) for name, n in scratch.items() if name in types}
-             | {"b_out": (Kind.CONSTANT, int(bundle.tensors["b_out"].view("<u4")[0])), "levels": (Kind.CONSTANT, 1)})
+             | {"b_out": (Kind.CONSTANT, int(bundle.tensors["b_out"].view("<u4")[0])), "levels": (Kind.CONSTANT, 1),
+                "threshold": (Kind.CONSTANT, int(np.array(threshold, "<f4").view("<u4")))})
     return Kernel(cc, bool(re.search(r"^\.target sm_\d+a", ptx, re.M)), with_score, tile, m.shared,
                   _parameters(types, ptx, known, weights), m.name, made.asm["cubin"])
 
@@ -135,7 +141,7 @@ def cubin_files(bundle: Bundle, architectures: Iterable[int] = ARCHITECTURES,
     import torch
     import triton
 
-    from kernels.triton_gpu import _weights
+    from kernels.launch import load
     from kernels.triton_kernel import INPUT_PRECISION, fused
 
     if precision not in INPUT_PRECISION:
@@ -145,7 +151,7 @@ def cubin_files(bundle: Bundle, architectures: Iterable[int] = ARCHITECTURES,
 
     body, kernels = _Body(), []
     places = [body.add(a.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-              for a in _weights(bundle, True, "cpu", precision)]
+              for a in load(bundle, True, "cpu", precision)]
     weights = places[0], body.end - places[0]
     for cc in architectures:
         for tile in tiles_for(cc, precision):

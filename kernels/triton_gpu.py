@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
-import triton
 
-from kernels.packing import pack
-from kernels.scorer import Array, Scorer
-from kernels.tiles import TILES, choose
-from kernels.triton_kernel import INPUT_PRECISION, STORED, compile_for, constants, fused, options, padded
+from kernels.launch import INTERPRETED, LAUNCHERS, Loaded, chip, launch, load, load_hopper, too_old
+from kernels.scorer import Array, Scorer, _as
+from kernels.staging import Cuda, Interpreter, Staging
+from kernels.triton_kernel import INPUT_PRECISION, compile_for
 
 if TYPE_CHECKING:
     from ebm.bundle import Bundle
+    from kernels.tiles import Tile
 
 __all__ = ["TritonScorer", "compile_for", "why_not"]
 
@@ -31,74 +32,86 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU: a build without CUDA, a driver too old for it, or no device visible"
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return (f"{torch.cuda.get_device_name()} is sm_{major}{minor}: Triton emits no tensor-core code before sm_80; "
-                "export the model to TensorRT or TorchScript instead")
-    return None
+    return None if major >= 8 else too_old(torch.cuda.get_device_name(), major, minor)
 
 
 class TritonScorer(Scorer):
     """One fused kernel on an NVIDIA GPU, or, under TRITON_INTERPRET=1, in Triton's interpreter on the CPU.
 
-    CUDA tensors on `device` are taken and given back there; anything else is copied to the GPU and back.
+    CUDA tensors on `device` are taken and given back there, in turn on the current stream; anything else goes to the
+    GPU and back (`staging.py`). `graphs=False` captures no CUDA graphs for small batches that come from the host.
+    `kernel` is "triton" or "hopper" where the choice is not the tile table's. Any number of threads may call.
     """
 
     name = "triton"
+    tile: Tile | None = None  # in place of the table's
 
-    def __init__(self, bundle: Bundle, *, precision: str = "fp32", device: str | None = None, **checks):
+    def __init__(self, bundle: Bundle, *, precision: str = "fp32", device: str | None = None, graphs: bool = True,
+                 kernel: str | None = None, **checks):
         import torch
 
         super().__init__(bundle, **checks)
         if precision not in INPUT_PRECISION:
             raise ValueError(f"precision is {precision!r}, expected {', '.join(map(repr, INPUT_PRECISION))}")
+        if kernel not in (None, *LAUNCHERS):
+            raise ValueError(f"kernel is {kernel!r}, expected {' or '.join(map(repr, LAUNCHERS))}")
         self.precision = precision
-        if not isinstance(fused, triton.JITFunction):  # the interpreter
-            self.device, self._cc, self._n_sm = "cpu", max(TILES), 1
+        if INTERPRETED:
+            self.device = "cpu"
         else:
             index = torch.device(device or "cuda").index
             self.device = f"cuda:{torch.cuda.current_device() if index is None else index}"
-            properties = torch.cuda.get_device_properties(self.device)
-            self._cc, self._n_sm = 10 * properties.major + properties.minor, properties.multi_processor_count
-        self._weights = _weights(bundle, self.preprocess, self.device, precision)
+        where = torch.device(self.device)
+        weights, (cc, n_sm) = load(bundle, self.preprocess, where, precision), chip(where)
+        self._loaded = Loaded(weights, precision, float(bundle.tensors["b_out"][0]), self.threshold or 0.0, cc, n_sm,
+                              None if kernel == "triton" else load_hopper(bundle, weights, precision, cc, bool(kernel)))
+        if kernel == "hopper":
+            from kernels.hopper import TILE
+
+            self.tile = TILE
+        self._staging = Staging(self._launch, Interpreter() if INTERPRETED else Cuda(where), graphs)
 
     def energy(self, x: Array, k: Array = None, *, out: Array = None) -> Array:
         """As Scorer.energy; CUDA tensors stay on the GPU."""
         if not _on_gpu(x):
             return super().energy(x, k, out=out)
-        return self._resident(x, k, (out,))[0]
+        return self._resident(x, k, energy=out)[0]
 
     def energy_and_score(self, x: Array, k: Array = None, *, out: tuple = (None, None)) -> tuple[Array, Array]:
         """As Scorer.energy_and_score; CUDA tensors stay on the GPU."""
         if not _on_gpu(x):
             return super().energy_and_score(x, k, out=out)
-        return self._resident(x, k, out)
+        return self._resident(x, k, energy=out[0], score=out[1])
 
     def energies(self, x: Array, *, out: Array = None) -> Array:
         """As Scorer.energies; CUDA tensors stay on the GPU."""
         if not _on_gpu(x):
             return super().energies(x, out=out)
-        return self._resident(x, 0, (out,), self.n_levels)[0]
+        return self._resident(x, 0, self.n_levels, energy=out)[0]
+
+    def flag(self, x: Array) -> Array:
+        """As Scorer.flag, compared in the kernel; CUDA tensors stay on the GPU."""
+        if self.threshold is None:
+            return super().flag(x)
+        if _on_gpu(x):
+            return self._resident(x, None, energy=None, flag=None)[1]
+        events, k, like = self._prepare(x, None)
+        energy, flag = np.empty(len(events), np.float32), np.empty(len(events), bool)
+        if len(events):
+            self._staging(events, k, energy=energy, flag=flag.view(np.uint8))
+            self._check_finite(events, energy)
+        return flag if like is None else _as(flag, like, None)
 
     def _energy(self, x, k, energy):
-        self._from_host(x, k, energy)
+        self._staging(x, k, energy=energy)
 
     def _energy_and_score(self, x, k, energy, score):
-        self._from_host(x, k, energy, score)
+        self._staging(x, k, energy=energy, score=score)
 
     def _energies(self, x, energies):
-        self._from_host(x, 0, energies)
+        self._staging(x, 0, energy=energies)
 
-    def _from_host(self, x, k, *results):
-        import torch
-
-        x, k = (torch.from_numpy(a if a.flags.writeable else a.copy()).to(self.device) if isinstance(a, np.ndarray)
-                else a for a in (x, k))
-        on_device = [torch.empty(r.shape, device=self.device) for r in results]
-        self._launch(x, k, *on_device)
-        for result, tensor in zip(results, on_device):
-            torch.from_numpy(result).copy_(tensor)
-
-    def _resident(self, x, k, out, *levels):
+    def _resident(self, x, k, *levels, **out):
         """CUDA tensors in and out; only the checks of `k` and of the energy wait for the GPU."""
         import torch
 
@@ -113,13 +126,15 @@ class TritonScorer(Scorer):
             k = self._levels(k, len(x))
         if not isinstance(k, int):
             k = torch.as_tensor(k, dtype=torch.int32, device=self.device).contiguous()
-        shapes = ((len(x), *levels), tuple(x.shape))
-        results = [_result_on_gpu(o, shape, x.device) for o, shape in zip(out, shapes)]
+        shapes = {"energy": (len(x), *levels), "score": tuple(x.shape), "flag": (len(x),)}
+        results = {name: _result_on_gpu(given, shapes[name], x.device, torch.bool if name == "flag" else torch.float32)
+                   for name, given in out.items()}
         if len(x):
-            self._launch(x, k, *results)
-            if self.on_nonfinite == "raise" and not bool(torch.isfinite(results[0]).all()):
-                self._check_finite(x.cpu().numpy(), results[0].cpu().numpy())
-        return tuple(results)
+            self._launch(x, k, **results)
+            energy = results["energy"]
+            if self.on_nonfinite == "raise" and not math.isfinite(float(energy.sum(dtype=torch.float64))):
+                self._check_finite(x.cpu().numpy(), energy.cpu().numpy())
+        return tuple(results.values())
 
     def _valid_on_gpu(self, k, n) -> bool:
         """Whether levels k on the GPU are sound; what is wrong with them the base class says."""
@@ -132,60 +147,24 @@ class TritonScorer(Scorer):
         least, most = (int(v) for v in k.aminmax())
         return least >= 0 and most < self.n_levels
 
-    def _launch(self, x, k, energy, score=None):
-        """Tensors on `device`: x (n, D); k an int or int32 (n,); energy (n,) or, from level k on, (n, levels)."""
+    def _launch(self, x, k, energy, score=None, flag=None):
+        """As `launch`, on the current stream of the tensors' device; `flag` may be of bool."""
         import torch
 
-        n, a = len(x), self.bundle.architecture
-        tile = choose(self._cc, n, self._n_sm, self.precision)
-        programs = min(-(-n // tile.block_m), tile.programs_per_sm * self._n_sm)
-        fixed = constants(a.input_dim, a.hidden_dim, a.n_layers, score is not None, self.precision, tile)
-        buffers = 3 + a.n_layers if score is not None else 3
-        size = programs * tile.block_m * max(fixed["D_PAD"], fixed["H"])
-        scratch = torch.empty(size * buffers, device=self.device, dtype=self._weights[0].dtype)
-        wide = torch.empty(size * 2, device=self.device) if self.precision in STORED else None
-        level, k = (k, None) if isinstance(k, int) else (0, k)
-        b_out = float(self.bundle.tensors["b_out"][0])
+        flag = flag if flag is None else flag.view(torch.uint8)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            fused[(programs,)](x, k, energy, score, *self._weights, scratch, wide, b_out, n, level, energy.numel() // n,
-                               **fixed, **options(tile))
-
-
-def _weights(bundle: Bundle, preprocess: bool, device: str, precision: str = "fp32") -> list:
-    """up_in to pre of `fused`, padded with zeros: a padded hidden unit or feature changes nothing."""
-    import torch
-
-    p = pack(bundle, preprocess)
-    h, d = (padded(width) for width in p.w_in.shape)
-    q = p.preprocessing
-    w_in, w = _pad(p.w_in, (h, d)), _pad(p.w, (len(p.w), h, h))
-    pre = _pad(np.stack([q.marker, q.impute, q.scale, q.mean, q.inv_std, q.transform]), (6, d))
-    pre[2, len(q.scale):] = 1
-    w_in_t, w_t = w_in.T, w.transpose(0, 2, 1)
-    up_in, down_in, up, down = (w_in_t, w_in, w_t, w) if precision == "fp32" else (w_in, w_in_t, w, w_t)  # K_FIRST
-
-    def tensor(a: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a)).to(device, dtype)
-
-    stored = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    return [tensor(up_in, stored), tensor(down_in, stored), tensor(_pad(p.b_in, (len(p.b_in), h))), tensor(up, stored),
-            tensor(down, stored), tensor(_pad(p.b, (len(p.b), h))), tensor(_pad(p.w_out, (h,))), tensor(pre)]
-
-
-def _pad(a: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.pad(np.asarray(a, np.float32), [(0, more - less) for less, more in zip(a.shape, shape)])
+            launch(self._loaded, x, k, energy, score, flag, tile=self.tile)
 
 
 def _on_gpu(x: Array) -> bool:
     return type(x).__module__.partition(".")[0] == "torch" and x.is_cuda
 
 
-def _result_on_gpu(out: Array, shape: tuple[int, ...], device) -> Array:
+def _result_on_gpu(out: Array, shape: tuple[int, ...], device, dtype) -> Array:
     import torch
 
     if out is None:
-        return torch.empty(shape, device=device)
-    if not _on_gpu(out) or out.shape != shape or out.dtype != torch.float32 or out.device != device \
-            or not out.is_contiguous():
-        raise ValueError(f"out must be a contiguous torch.float32{list(shape)} on {device}")
+        return torch.empty(shape, device=device, dtype=dtype)
+    if not _on_gpu(out) or out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise ValueError(f"out must be a contiguous {dtype}{list(shape)} on {device}")
     return out

@@ -113,15 +113,16 @@ def _product(a, weights, c, K: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit(do_not_specialize=["n", "first_level", "levels"])
-def fused(x, k, energy, score, up_in, down_in, b_in, up, down, b, w_out, pre, scratch, wide, b_out, n, first_level,
-          levels, D: tl.constexpr, D_PAD: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
+def fused(x, k, energy, score, flag, up_in, down_in, b_in, up, down, b, w_out, pre, scratch, wide, b_out, threshold, n,
+          first_level, levels, D: tl.constexpr, D_PAD: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
           WITH_SCORE: tl.constexpr, PRECISION: tl.constexpr, K_FIRST: tl.constexpr, INTERPRETED: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x (n, D) -> energy (n, levels) at levels first_level, ... and score (n, D) of the only level.
+    """x (n, D) -> energy (n, levels) at levels first_level, ..., and of the only level score (n, D) and flag (n,).
 
-    `k` (n,) has one level per event, or is None; `wide` is None where `scratch` is float32. Weights are padded to
-    D_PAD and H; rows beyond n are computed from zeros and not stored. Every barrier parts threads that write
-    scratch or `wide` from threads that read it; within a strip, each thread reads what it wrote itself.
+    `flag` is 1 where energy > threshold, else 0, or None, or NULL. `k` (n,) has one level per event, or is None; `wide`
+    is None where `scratch` is float32. Weights are padded to D_PAD and H; rows beyond n are computed from zeros and
+    not stored. Every barrier parts threads that write scratch or `wide` from threads that read it; within a strip,
+    each thread reads what it wrote itself.
     """
     WIDTH: tl.constexpr = max(D_PAD, H)
     BUFFER: tl.constexpr = BLOCK_M * WIDTH
@@ -197,6 +198,9 @@ def fused(x, k, energy, score, up_in, down_in, b_in, up, down, b, w_out, pre, sc
                             _put(new + at + c, y, INTERPRETED)
                 tl.debug_barrier()
             tl.store(energy + first * levels + lines * levels + j, e, there)
+            if flag is not None:  # noqa: SIM102
+                if flag.to(tl.int64) != 0:  # a caller in C says so at the launch alone
+                    tl.store(flag + first + lines, (e > threshold).to(tl.uint8), there)
         if WITH_SCORE:
             g = h if wide is None else stream
             for i in tl.range(LAYERS, 0, -1, disable_licm=True):
@@ -241,7 +245,8 @@ def options(tile: Tile) -> dict[str, int]:
 
 
 def compile_for(cc: int, *, features: int = 64, hidden: int = 256, layers: int = 2, with_score: bool = True,
-                per_event: bool = False, precision: str = "fp32", tile: Tile | None = None) -> Any:
+                per_event: bool = False, flagged: bool = False, precision: str = "fp32",
+                tile: Tile | None = None) -> Any:
     """`fused` compiled for compute capability `cc` (80, 90, ...) without a GPU: a triton CompiledKernel.
 
     `tile` is the table's for large batches unless given. Needs TRITON_INTERPRET unset when this is imported.
@@ -252,12 +257,13 @@ def compile_for(cc: int, *, features: int = 64, hidden: int = 256, layers: int =
     tile = tile or tiles_for(cc, precision)[-1]
     stored = STORED.get(precision, "fp32")
     fixed = constants(features, hidden, layers, with_score, precision, tile)
-    fixed |= {name: None for name, given in (("k", per_event), ("score", with_score), ("wide", stored != "fp32"))
-              if not given}
-    types = {"k": "*i32", "b_out": "fp32", "n": "i32", "first_level": "i32", "levels": "i32",
-             **dict.fromkeys(("up_in", "down_in", "up", "down", "scratch"), f"*{stored}")}
+    given = {"k": per_event, "score": with_score, "flag": flagged, "wide": stored != "fp32"}
+    fixed |= dict.fromkeys(name for name, is_given in given.items() if not is_given)
+    types = {"k": "*i32", "flag": "*u8", "b_out": "fp32", "threshold": "fp32", "n": "i32", "first_level": "i32",
+             "levels": "i32", **dict.fromkeys(("up_in", "down_in", "up", "down", "scratch"), f"*{stored}")}
     signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in fused.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] if t.startswith("*") else [] for i, t in enumerate(signature.values())
+               if t.startswith("*") or t == "constexpr"}  # as a launch says it, which then finds it compiled
     constexprs = {(i,): fixed[name] for i, name in enumerate(fused.arg_names) if name in fixed}
     return triton.compile(ASTSource(fused, signature, constexprs, aligned), target=GPUTarget("cuda", cc, 32),
                           options=options(tile))

@@ -39,7 +39,7 @@ class Library:
             "open": (c_char_p, c_int, POINTER(c_void_p)), "close": (c_void_p,), "n_features": (c_void_p,),
             "n_levels": (c_void_p,), "default_level": (c_void_p,), "threshold": (c_void_p,), "digest": (c_void_p,),
             "precision": (c_void_p,), "architecture": (c_void_p,), "feature": (c_void_p, c_int), "score": arrays,
-            "score_device": arrays,
+            "score_device": (*arrays, c_void_p),
         }.items():
             getattr(c, f"fused_ebm_cuda_{name}").argtypes = types
 

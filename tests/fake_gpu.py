@@ -115,8 +115,11 @@ def in_interpreter(gpu_of: Callable[[], FakeGpu], precision: str, types: dict[st
         assert sizes == [4 if types[n] in ("int", "float") else 8 for n in names] + [8] * appended
         assert values[len(names):] == [0] * appended
         given = dict(zip(names, values))
-        for name, value in given.items():
-            if types[name] == "float":
+        for name, value in list(given.items()):
+            if name == "flag" and value == 0:  # NULL, which the interpreter knows as None
+                del given[name]
+                absent.append(name)
+            elif types[name] == "float":
                 given[name] = struct.unpack("<f", struct.pack("<I", value))[0]
             elif types[name] != "int":
                 given[name] = gpu_of().tensor(value, types[name])
@@ -126,7 +129,7 @@ def in_interpreter(gpu_of: Callable[[], FakeGpu], precision: str, types: dict[st
 
 
 def simple(gpu_of: Callable[[], FakeGpu]):
-    """A launch that gives x[:, 0] for the energy and 2 x for the score."""
+    """A launch that gives x[:, 0] for the energy, 2 x for the score, and 1 for every flag."""
 
     def execute(launch: dict) -> None:
         v = {kind: value for (kind, _), value in zip(launch["kernel"]["parameters"], launch["values"])}
@@ -135,6 +138,8 @@ def simple(gpu_of: Callable[[], FakeGpu]):
         gpu.tensor(v[Kind.ENERGY])[:n] = x[::d]
         if Kind.SCORE in v:
             gpu.tensor(v[Kind.SCORE])[:n * d] = 2 * x
+        if v[Kind.FLAG]:
+            gpu.tensor(v[Kind.FLAG], "uint8")[:n] = 1
 
     return execute
 

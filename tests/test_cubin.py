@@ -36,6 +36,7 @@ from kernels.cubin import ENVIRONMENT, HEADER, KERNEL, LAUNCH, MODEL, Kind
 
 torch = pytest.importorskip("torch")
 triton_gpu = pytest.importorskip("kernels.triton_gpu")
+launch = pytest.importorskip("kernels.launch")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ COMPILE = """
 import json
 from kernels.tiles import tiles_for
 from kernels.triton_kernel import compile_for
-shape = {"features": 5, "hidden": 16, "layers": 1}
+shape = {"features": 5, "hidden": 16, "layers": 1, "flagged": True}
 made = [[cc, tile.block_m, with_score, compile_for(cc, **shape, with_score=with_score, tile=tile)] for cc in (80, 90)
         for tile in tiles_for(cc) for with_score in (False, True)]
 print(json.dumps([[*key, k.metadata.shared, k.metadata.num_warps] for *key, k in made]))
@@ -75,7 +76,7 @@ def test_what_is_written(out, tmp_path):
     for k in c.kernels:
         assert struct.unpack_from("<H", k["cubin"], 18) == (190,)  # EM_CUDA
         assert len(parameter_sizes(k["cubin"])) == k["n_parameters"]
-    weights = [w.numpy().tobytes() for w in triton_gpu._weights(small_model(), True, "cpu")]
+    weights = [w.numpy().tobytes() for w in launch.load(small_model(), True, "cpu")]
     offsets = [value for kind, value in c.kernels[0]["parameters"] if kind == Kind.WEIGHTS]
     for offset, expected in zip(offsets, weights, strict=True):
         assert offset % 64 == 0
@@ -206,5 +207,5 @@ def test_agrees_with_float64_on_a_gpu(library, out, tmp_path):
             assert np.sqrt(np.mean((s - true_score) ** 2)) < 5e-6 * np.sqrt(np.mean(true_score**2))
             x, out = torch.from_numpy(x).cuda(), torch.empty(n, device="cuda")
             stream = torch.cuda.current_stream().cuda_stream
-            assert c.score_device(handle, x.data_ptr(), n, 3, out.data_ptr(), None, stream) == OK, c.error()
+            assert c.score_device(handle, x.data_ptr(), n, 3, out.data_ptr(), None, None, stream) == OK, c.error()
             torch.testing.assert_close(out.cpu(), torch.from_numpy(energy), rtol=1e-5, atol=1e-5)

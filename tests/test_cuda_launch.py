@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from kernels.tiles import choose
 
 torch = pytest.importorskip("torch")
 triton_gpu = pytest.importorskip("kernels.triton_gpu")
+launch = pytest.importorskip("kernels.launch")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 D, CC, N_SM = 5, 90, 3
 
@@ -91,12 +93,13 @@ def one_launch(library: Path, path: Path, precision: str, types: dict, n: int) -
 @pytest.mark.parametrize("n", [1, 48, 49, 300])
 def test_launches_as_python_does(library, child, tmp_path_factory, precision, with_score, n, monkeypatch):
     scorer = triton_gpu.TritonScorer(small_model(), precision=precision)
-    scorer._cc, scorer._n_sm = CC, N_SM
+    scorer._loaded = replace(scorer._loaded, cc=CC, n_sm=N_SM)
     x, energy, s = torch.from_numpy(events(n, D)), torch.empty(n), torch.empty(n, D) if with_score else None
-    scorer._launch(x, 3, energy, s)
-    recorder = Recorder(triton_gpu.fused.arg_names)
-    monkeypatch.setattr(triton_gpu, "fused", recorder)
-    scorer._launch(x, 3, energy, s)
+    flag = torch.empty(n, dtype=torch.bool)
+    scorer._launch(x, 3, energy, s, flag)
+    recorder = Recorder(launch.fused.arg_names)
+    monkeypatch.setattr(launch, "fused", recorder)
+    scorer._launch(x, 3, energy, s, flag)
     given = recorder.given
     types = {name: None if a is None else str(a.dtype).removeprefix("torch.") if isinstance(a, torch.Tensor)
              else type(a).__name__ for name, a in given.items()}
@@ -176,10 +179,12 @@ def pointers_of_the_device(library: Path, path: Path) -> None:
     c = Library(library)
     x = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
     with c.opened(path) as handle:
-        at, energy, s = (gpu.allocate(a) for a in (x, np.zeros(40, np.float32), np.zeros((40, D), np.float32)))
+        level = c.default_level(handle)
+        at, energy, s, flag = (gpu.allocate(a) for a in (x, np.zeros(40, np.float32), np.zeros((40, D), np.float32),
+                                                         np.zeros(48, np.uint8)))
         gpu.calls()
         for to in (s, None):
-            assert c.score_device(handle, at, 40, 2, energy, to, 0x1230) == OK, c.error()
+            assert c.score_device(handle, at, 40, 2, energy, to, None, 0x1230) == OK, c.error()
             assert gpu.calls() == "wlr"  # after the launch before, on whatever stream; nothing is waited for here
             launch = gpu.launches[-1]
             kinds = [kind for kind, _ in launch["kernel"]["parameters"]]
@@ -187,15 +192,21 @@ def pointers_of_the_device(library: Path, path: Path) -> None:
             assert [launch["values"][kinds.index(kind)] for kind in (Kind.EVENTS, Kind.LEVEL)] == [40, 2]
         np.testing.assert_array_equal(gpu.tensor(energy).numpy(), x[:, 0])
         np.testing.assert_array_equal(gpu.tensor(s).numpy(), 2 * x.ravel())
+        assert not gpu.tensor(flag, "uint8").any()
+        assert c.score_device(handle, at, 40, level, energy, None, flag, 0x1230) == OK, c.error()
+        assert gpu.tensor(flag, "uint8").tolist() == [1] * 40 + [0] * 8
+        gpu.calls()
         gpu.set(fake_capturing=1)
-        assert c.score_device(handle, at, 40, 2, energy, s, 0x1230) == OK
+        assert c.score_device(handle, at, 40, 2, energy, s, None, 0x1230) == OK
         assert gpu.calls() == "l"
-        for arguments, message in (((at + 4, 30, 2, energy, None), "x is not at a multiple of 16 bytes"),
-                                   ((at, 30, 2, energy, s + 8), "the place for scores is not at a multiple of 16"),
-                                   ((at, 2**31, 2, energy, None), "n is 2147483648, expected at most 2147483647")):
+        for arguments, message in (((at + 4, 30, 2, energy, None, None), "x is not at a multiple of 16 bytes"),
+                                   ((at, 30, 2, energy, s + 8, None), "the place for scores is not at a multiple"),
+                                   ((at, 30, level, energy, s, flag + 1), "the place for flags is not at a multiple"),
+                                   ((at, 30, 2, energy, s, flag), f"the threshold is of level {level}"),
+                                   ((at, 2**31, 2, energy, s, None), "n is 2147483648, expected at most 2147483647")):
             assert c.score_device(handle, *arguments, None) == BAD_ARGUMENT
             assert message in c.error()
-        gpu.free(at, energy, s)
+        gpu.free(at, energy, s, flag)
     assert (gpu.live(), gpu.c.fake_depth()) == (0, 0)
 
 

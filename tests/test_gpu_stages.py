@@ -123,11 +123,10 @@ def test_the_way_of_a_gpu_through_latency_and_throughput(pretended, monkeypatch)
     gpu_speed._latency(setting, scorer, scorer, "fp32", 64)
     assert [v["timing"] for _, v in told] == ["call", "device", "graph", "graph-device"]
     assert all(v["passed"] for _, v in told)
-    monkeypatch.setattr(gpu_speed, "_CHUNK", 1000)
     told.clear()
-    for measure in (gpu_speed._resident, gpu_speed._over_the_bus, gpu_speed._pipelined):
+    for measure in (gpu_speed._resident, gpu_speed._over_the_bus, gpu_speed._pageable):
         measure(setting, scorer, "fp32", 5500)
-    assert [(v["where"], v["passed"]) for _, v in told] == [("device", True), ("host", True), ("pipeline", True)]
+    assert [(v["where"], v["passed"]) for _, v in told] == [("device", True), ("host", True), ("pageable", True)]
     assert told[0][1]["buffers"] == 7  # twice the cache, of 330 kB each
 
 
@@ -143,18 +142,28 @@ def test_the_way_of_a_gpu_beside_the_peers(pretended, monkeypatch):
     assert next(v for s, v in told if s == "limits")["products_us"].keys() == {"fp32 512"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_candidates_of_the_search(precision):
-    committed, setting = triton_gpu.choose, Setting(60, dry=True)
-    tile = gpu_tune._tile_of(setting, precision, 3)
-    assert triton_gpu.choose is committed
-    found = list(gpu_tune.neighbours(tile))
-    assert len(found) == len(set(found)) >= 8
-    assert tile not in found
-    assert all(16 <= t.block_n <= max(tile.block_n, 64) for t in found)
-    with gpu_tune._chosen(found[0]):
-        assert gpu_tune._tile_of(setting, precision, 3) is found[0]
-    assert triton_gpu.choose is committed
+class Pretends:
+    """A GPU on which warps are all that counts."""
+
+    name, cc, n_sm = "Fake GPU", 90, 132
+
+    def count(self, cases):
+        return [{"spills": 0, "shared": 1024} for _ in cases]
+
+    def measure(self, precision, batch):
+        return lambda tile: 100.0 / tile.num_warps
+
+
+def test_the_search_tells_every_tile_beside_the_tables(pretended, monkeypatch):
+    setting, _, told = pretended
+    monkeypatch.setattr(gpu_tune, "OnGpu", Pretends)
+    gpu_tune.tune(setting, "")
+    rows = [value for section, value in told if section == "tune"]
+    assert len(rows) == len(told) > 40
+    assert {(r["precision"], r["batch"]) for r in rows} == {(p, n) for p in ("fp32", "bf16") for n in (64, 1 << 18)}
+    for r in rows:
+        assert r["gain"] == pytest.approx(r["tile"]["num_warps"] / r["table_tile"]["num_warps"])
+    assert max(r["gain"] for r in rows) == 4  # 16 warps where the table has 4
 
 
 def test_a_precision_that_is_not_there_is_skipped(monkeypatch):

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 triton_gpu = pytest.importorskip("kernels.triton_gpu")
+launch = pytest.importorskip("kernels.launch")
 prepare = pytest.importorskip("kernels.triton_kernel")._prepare
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -135,43 +136,6 @@ def test_what_is_beyond_fp16_stays_finite(value):
     assert 0.5 < energy[1] / truth[1] < 2
 
 
-@interpreted
-@pytest.mark.parametrize(("precision", "n"), [*(("fp32", n) for n in (1, 31, 32, 33)), ("tf32", 17), ("tf32x3", 65),
-                                              ("bf16", 1), ("fp16", 63), ("fp16", 129)])
-def test_ragged_tile_touches_no_memory_beyond_its_own(precision, n):
-    d, before, after = 5, 3, 140
-    scorer = triton_gpu.TritonScorer(Bundle.random(d, 64, 1, seed=1), precision=precision)
-
-    def guarded(*shape):
-        whole = torch.full((before + n + after, *shape), torch.nan)
-        return whole, whole[before:before + n]
-
-    (_, x), (e_whole, energy), (s_whole, score) = guarded(d), guarded(), guarded(d)
-    k = torch.full((before + n + after,), 2**31 - 1, dtype=torch.int32)  # a level far outside the weights
-    k = k[before:before + n].random_(0, 10)
-    scorer._launch(x.copy_(torch.randn(n, d)), k, energy, score)
-    assert torch.isfinite(energy).all()
-    assert torch.isfinite(score).all()
-    for whole in (e_whole, s_whole):
-        assert torch.isnan(whole[:before]).all()
-        assert torch.isnan(whole[before + n:]).all()
-
-
-@interpreted
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_scratch_need_not_be_clean(monkeypatch, precision):
-    """A scratch buffer full of NaN leaves no trace: everything is written before it is read."""
-    scorer = triton_gpu.TritonScorer(Bundle.random(70, 100, 3, seed=2), precision=precision)
-    x = np.random.default_rng(0).normal(size=(40, 70)).astype(np.float32)
-    expected = scorer.energy_and_score(x), scorer.energies(x)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
-    (energy, score), energies = scorer.energy_and_score(x), scorer.energies(x)
-    np.testing.assert_array_equal(energy, expected[0][0])
-    np.testing.assert_array_equal(score, expected[0][1])
-    np.testing.assert_array_equal(energies, expected[1])
-
-
 @triton.jit
 def transform(x, pre, u, slope, N: tl.constexpr):
     cols = tl.arange(0, 4)
@@ -187,7 +151,7 @@ def test_transforms_keep_their_digits(size):
     x = (np.random.default_rng(0).normal(size=(64, 4)) * size).astype(np.float32)
     p = Preprocessing(marker=np.full(4, np.nan), impute=np.full(4, np.nan), transform=[0, 1, 2, 2],
                       scale=[1, 1, 0.3, 50], mean=np.zeros(4), inv_std=[1, 2, 3, 1])
-    pre = triton_gpu._weights(Bundle.random(4, 64, 1, preprocessing=p), True, "cpu")[-1]
+    pre = launch.load(Bundle.random(4, 64, 1, preprocessing=p), True, "cpu")[-1]
     u, slope = torch.full((2, 64, 4), torch.nan)
     transform[(1,)](torch.from_numpy(x), pre, u, slope, 64)
     exact = x.astype(np.float64)
@@ -195,50 +159,7 @@ def test_transforms_keep_their_digits(size):
     np.testing.assert_allclose(slope.numpy(), p.derivative(exact), rtol=5e-7)
 
 
-@pytest.fixture
-def resident(monkeypatch):
-    """A scorer that takes every tensor for one on its own device, as it takes CUDA tensors on a GPU."""
-    monkeypatch.setattr(triton_gpu, "_on_gpu", lambda x: isinstance(x, torch.Tensor))
-    return triton_gpu.TritonScorer(Bundle.random(5, 64, 1, seed=3))
-
-
-@interpreted
-def test_tensors_on_the_device_stay_there(resident):
-    x, k = torch.randn(9, 5, requires_grad=True), torch.arange(9)
-    energy, score = resident.energy_and_score(x, k)
-    plain_energy, plain_score = triton_gpu.Scorer.energy_and_score(resident, x, k)
-    assert torch.equal(energy, plain_energy)
-    assert torch.equal(score, plain_score)
-    assert not energy.requires_grad
-    assert torch.equal(resident.energies(x)[k, k], resident.energy(x, k))
-    assert torch.equal(resident.energy(x.double().T.contiguous().T, k), energy)
-    out = torch.full((9,), torch.nan), torch.full((9, 5), torch.nan)
-    given = resident.energy_and_score(x, 4, out=out)
-    assert given[0] is out[0]
-    assert given[1] is out[1]
-    assert torch.equal(out[0], resident.energy(x, torch.tensor(4)))
-    empty = resident.energy_and_score(x[:0])
-    assert [tuple(r.shape) for r in empty] == [(0,), (0, 5)]
-
-
-@interpreted
-@pytest.mark.parametrize(("given", "words"), [
-    (lambda s, x: s.energy(x[:, :3]), r"shape \(n, 5\), given \(9, 3\)"),
-    (lambda s, x: s.energy(x[0]), r"shape \(n, 5\), given \(5,\)"),
-    (lambda s, x: s.energy(torch.tensor(1.0)), r"shape \(n, 5\), given \(\)"),
-    (lambda s, x: s.energy(x > 0), "expected real numbers"),
-    (lambda s, x: s.energy(x, torch.full((9,), 10)), "k = 10 is out of range, expected 0 to 9"),
-    (lambda s, x: s.energy(x, torch.full((8,), 1)), "noise levels k have shape"),
-    (lambda s, x: s.energy(x, torch.full((9,), 1.0)), "noise level k is float32"),
-    (lambda s, x: s.energy(x, out=torch.empty(8)), r"out must be a contiguous torch.float32\[9\]"),
-    (lambda s, x: s.energy(x.index_fill(1, torch.tensor(2), torch.inf)), r"event 0 \(and 8 more\): feature 2 \(x2\)"),
-])
-def test_tensors_on_the_device_are_checked(resident, given, words):
-    with pytest.raises(ValueError, match=words):
-        given(resident, torch.randn(9, 5))
-
-
-@pytest.mark.skipif(not isinstance(triton_gpu.fused, triton.JITFunction) or triton_gpu.why_not() is not None,
+@pytest.mark.skipif(not isinstance(launch.fused, triton.JITFunction) or triton_gpu.why_not() is not None,
                     reason="needs a GPU, and TRITON_INTERPRET=0")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n", [1, 257, 3001, 100_003])

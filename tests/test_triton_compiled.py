@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
-from kernels.resources import PRECISIONS, SHARED, TABLE, count_all, l2_bytes, matrix_instruction
-from kernels.tiles import FAMILY, TILES, Tile, choose, tiles_for
+from kernels.resources import REFERENCE, SHAPES, SHARED, TABLE, count_all, l2_bytes, matrix_instruction
+from kernels.tiles import PRECISIONS, TILES, Tile, choose, tiles_for
 
 pytest.importorskip("triton")
 
-REGISTERS_PER_SM = 65536
-REFERENCE = (64, 256, 2)
-SHAPES = [(30, 64, 1), (1, 128, 3), (200, 512, 8), (256, 256, 8)]
+ROOT = Path(__file__).parents[1]
+PROCESSES = len(os.sched_getaffinity(0))
 
 
-def case(cc: int, precision: str, tile: Tile, with_score: bool, per_event: bool, shape=REFERENCE) -> dict:
+def case(cc: int, precision: str, tile: Tile, with_score: bool, per_event: bool, flagged: bool,
+         shape=REFERENCE) -> dict:
     d, h, n = shape
     return {"cc": cc, "precision": precision, "tile": vars(tile), "with_score": with_score, "per_event": per_event,
-            "features": d, "hidden": h, "layers": n}
+            "flagged": flagged, "features": d, "hidden": h, "layers": n}
 
 
 def check_compiled(cases: Iterable[dict]) -> None:
     cases = list(cases)
-    results = count_all(cases)
+    results = count_all(cases, PROCESSES)
     assert len(results) == len(cases)
     for c, made in zip(cases, results):
         tile, cc = Tile(**c["tile"]), c["cc"]
@@ -40,20 +44,20 @@ def check_compiled(cases: Iterable[dict]) -> None:
 
 @pytest.mark.parametrize("cc", [80, 90, 100])
 def test_compiles_without_spills(cc):
-    check_compiled(case(cc, p, tiles_for(cc, p)[-1], True, False) for p in PRECISIONS)
+    check_compiled(case(cc, p, tiles_for(cc, p)[-1], True, False, False) for p in PRECISIONS)
 
 
 def test_per_event_levels_small_batches_and_energies_compile_without_spills():
-    check_compiled([*(case(90, p, tile, True, True) for p in ("fp32", "bf16") for tile in tiles_for(90, p)),
-                    *(case(90, p, tiles_for(90, p)[-1], False, False) for p in ("fp32", "bf16"))])
+    check_compiled([*(case(90, p, tile, True, True, False) for p in ("fp32", "bf16") for tile in tiles_for(90, p)),
+                    *(case(90, p, tiles_for(90, p)[-1], False, False, True) for p in ("fp32", "bf16"))])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("cc", TILES)
 def test_everything_compiles_without_spills(cc):
-    check_compiled([*(case(cc, p, tile, both, both) for p in PRECISIONS for tile in tiles_for(cc, p)
+    check_compiled([*(case(cc, p, tile, both, both, not both) for p in PRECISIONS for tile in tiles_for(cc, p)
                       for both in (True, False)),
-                    *(case(cc, p, tiles_for(cc, p)[-1], True, True, shape) for p in PRECISIONS for shape in SHAPES
+                    *(case(cc, p, tiles_for(cc, p)[-1], True, True, True, shape) for p in PRECISIONS for shape in SHAPES
                       if p != "bf16")])
 
 
@@ -62,10 +66,6 @@ def test_everything_compiles_without_spills(cc):
 def test_tile_table(cc, precision):
     tiles = tiles_for(cc, precision)
     assert [t.block_m for t in tiles] == sorted({t.block_m for t in tiles})
-    for t in tiles:
-        assert t.block_n in (64, 128)  # a width that 128 does not divide is taken in strips of 64
-        assert 64 % t.block_k == 0
-        assert t.programs_per_sm * t.num_warps * 32 * t.max_registers <= REGISTERS_PER_SM
     assert choose(cc, 1, 132, precision) is tiles[0]
     assert choose(cc, 10**6, 132, precision) is tiles[-1]
     costs = [l2_bytes(t, precision, True) for t in tiles]
@@ -73,21 +73,61 @@ def test_tile_table(cc, precision):
 
 
 def test_chips_in_between_take_the_entry_below():
-    assert tiles_for(87) is TILES[86]["fp32"]
-    assert tiles_for(103, "bf16") is TILES[100]["half"]
-    assert tiles_for(121, "tf32") is TILES[120]["tf32"]
+    assert tiles_for(87) == tiles_for(86)
+    assert tiles_for(103, "bf16") == tiles_for(100, "bf16") != tiles_for(90, "bf16")
+    assert tiles_for(121, "tf32") == tiles_for(120, "tf32")
 
 
 def test_the_table_of_resources_is_of_these_tiles():
     """`python -m kernels.resources` writes it; what the compiler said there it says above."""
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in TABLE.read_text().splitlines()
             if line.startswith("| sm_")]
+    assert [precision for chip, precision, *_ in rows if chip == "sm_90, hopper"] == ["fp16", "fp16", "bf16", "bf16"]
+    rows = [row for row in rows if row[0] != "sm_90, hopper"]
     told = {(chip, precision, tile, stages) for chip, precision, _, tile, _, stages, *_ in rows}
     assert told == {(f"sm_{cc}", p, f"{t.block_m} x {t.block_n} x {t.block_k}", str(t.num_stages))
                     for cc in TILES for p in PRECISIONS for t in tiles_for(cc, p)}
     assert {spills for *_, spills, _, _, _ in rows} == {"0"}
 
 
-def test_families_have_tiles():
-    for families in TILES.values():
-        assert set(families) == {FAMILY.get(p, p) for p in PRECISIONS}
+# A driver that only says what GPU it is: what Triton compiles when a batch is launched.
+LAUNCHED = """
+from types import SimpleNamespace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from ebm.bundle import Bundle
+from kernels.launch import Loaded, launch, load
+from kernels.tiles import tiles_for
+from kernels.triton_kernel import compile_for, fused
+
+triton.runtime.driver.set_active(SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda d: 0))
+compiled, run = [], fused.run
+fused.run = lambda *a, warmup, **given: compiled.append(run(*a, warmup=True, **given))
+x, k, flag = torch.zeros(9, 64), torch.zeros(9, dtype=torch.int32), torch.zeros(9, dtype=torch.uint8)
+for precision in ("fp32", "bf16"):
+    loaded = Loaded(load(Bundle.random(64, 256, 2), True, "cpu", precision), precision, 0.5, 0.25, 90, 132)
+    for per_event, with_score, flagged in ((True, True, False), (False, False, True)):
+        launch(loaded, x, k if per_event else 3, torch.zeros(9), x if with_score else None, flag if flagged else None)
+        ahead = compile_for(90, precision=precision, tile=tiles_for(90, precision)[0],
+                            per_event=per_event, with_score=with_score, flagged=flagged)
+        print(compiled[-1].hash == ahead.hash)
+"""
+
+
+def test_what_is_counted_is_what_is_launched():
+    """A launch asks Triton for the very kernel that was compiled ahead of time."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
+def test_what_has_been_compiled_is_kept_by_its_source(tmp_path, monkeypatch):
+    """A second matrix compiles nothing, as long as TRITON_CACHE_DIR (~/.triton/cache) stays."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = [case(90, "bf16", tiles_for(90, "bf16")[0], False, False, True, (1, 64, 1))]
+    first = count_all(one, 1)
+    (made,) = tmp_path.rglob("*.cubin")
+    written = made.stat().st_mtime_ns
+    assert count_all(one, 1) == first
+    assert [p.stat().st_mtime_ns for p in tmp_path.rglob("*.cubin")] == [written]

@@ -8,7 +8,7 @@
 namespace fused_ebm_cuda {
 
 // What a parameter of a kernel is, as in kernels/cubin.py.
-enum Kind : uint64_t { kConstant, kWeights, kX, kEnergy, kScore, kScratch, kEvents, kLevel, kKinds };
+enum Kind : uint64_t { kConstant, kWeights, kX, kEnergy, kScore, kScratch, kEvents, kLevel, kFlag, kKinds };
 
 struct Parameter {
   uint64_t kind, value;

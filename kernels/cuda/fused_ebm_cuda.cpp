@@ -43,6 +43,13 @@ bool check_call(const fused_ebm_cuda_model* model, const float* x, int64_t n, in
   return true;
 }
 
+void check_flags(const File& f, int32_t level) {
+  if (std::isnan(f.threshold)) refuse("flags of a model without a threshold: calibrate it first");
+  if (level != f.default_level)
+    refuse("flags at noise level " + std::to_string(level) + ", the threshold is of level " +
+           std::to_string(f.default_level));
+}
+
 // The kernels load and store vectors of 16 bytes.
 CUdeviceptr on_device(const void* pointer, const char* name) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -126,10 +133,7 @@ int fused_ebm_cuda_score(fused_ebm_cuda_model* model, const float* x, int64_t n,
   return guarded([&] {
     const bool work = check_call(model, x, n, level, energy);
     const File& f = model->file;
-    if (flag && std::isnan(f.threshold)) refuse("flags of a model without a threshold: calibrate it first");
-    if (flag && level != f.default_level)
-      refuse("flags at noise level " + std::to_string(level) + ", the threshold is of level " +
-             std::to_string(f.default_level));
+    if (flag) check_flags(f, level);
     if (!work) return;
     model->gpu.score(x, n, level, energy, score);
     for (int64_t i = 0; flag && i < n; ++i) flag[i] = energy[i] > f.threshold;
@@ -138,14 +142,16 @@ int fused_ebm_cuda_score(fused_ebm_cuda_model* model, const float* x, int64_t n,
 }
 
 int fused_ebm_cuda_score_device(fused_ebm_cuda_model* model, const float* x, int64_t n, int32_t level, float* energy,
-                                float* score, void* stream) {
+                                float* score, uint8_t* flag, void* stream) {
   return guarded([&] {
     const bool work = check_call(model, x, n, level, energy);
     if (n > std::numeric_limits<int32_t>::max())
       refuse("n is " + std::to_string(n) + ", expected at most " +
              std::to_string(std::numeric_limits<int32_t>::max()) + " events in memory of the GPU");
+    if (flag) check_flags(model->file, level);
     if (!work) return;
     model->gpu.enqueue(on_device(x, "x"), n, level, on_device(energy, "the place for energies"),
-                       on_device(score, "the place for scores"), static_cast<CUstream>(stream));
+                       on_device(score, "the place for scores"), on_device(flag, "the place for flags"),
+                       static_cast<CUstream>(stream));
   });
 }

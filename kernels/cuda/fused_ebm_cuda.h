@@ -96,12 +96,14 @@ FUSED_EBM_CUDA_API int fused_ebm_cuda_score(fused_ebm_cuda_model *model, const f
                                             float *energy, float *score, uint8_t *flag);
 
 /* The same in memory of the model's GPU, in turn on `stream` (a CUstream or cudaStream_t; NULL is the default stream):
- * returns as soon as the work is enqueued. The pointers are multiples of 16 bytes, `score` may be NULL, and n is below
- * 2^31. Neither energies that are not finite nor flags are looked for. One model's calls run one after the other, on
+ * returns as soon as the work is enqueued. The pointers are multiples of 16 bytes, `score` and `flag` may be NULL, and n
+ * is below 2^31. Flags, computed in the kernel, are those of fused_ebm_cuda_score. Nothing looks for energies that are not
+ * finite. One model's calls run one after the other, on
  * whatever streams they are: open it once for each stream that is to run beside others, and for each that is captured
  * in a graph, since nothing orders the graph's runs and other calls. */
 FUSED_EBM_CUDA_API int fused_ebm_cuda_score_device(fused_ebm_cuda_model *model, const float *x, int64_t n,
-                                                   int32_t level, float *energy, float *score, void *stream);
+                                                   int32_t level, float *energy, float *score, uint8_t *flag,
+                                                   void *stream);
 
 #ifdef __cplusplus
 }

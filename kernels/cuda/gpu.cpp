@@ -170,12 +170,14 @@ const Gpu::Loaded& Gpu::choose(int64_t n, bool with_score) const {
   return *chosen;
 }
 
-void Gpu::launch(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUstream stream) {
+void Gpu::launch(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUdeviceptr flag,
+                 CUstream stream) {
   const Loaded& k = choose(n, score != 0);
   uint64_t live[kKinds] = {}, values[kMostParameters];
   live[kX] = x;
   live[kEnergy] = energy;
   live[kScore] = score;
+  live[kFlag] = flag;
   live[kEvents] = static_cast<uint64_t>(n);
   live[kLevel] = static_cast<uint64_t>(level);
   void* parameters[kMostParameters];
@@ -198,10 +200,11 @@ void Gpu::launch(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CU
   driver_.check(driver_.cuEventRecord(last_, stream), "marking the end of the launch");
 }
 
-void Gpu::enqueue(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUstream stream) {
+void Gpu::enqueue(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUdeviceptr flag,
+                  CUstream stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Current current(driver_, context_);
-  launch(x, n, level, energy, score, stream);
+  launch(x, n, level, energy, score, flag, stream);
 }
 
 void Gpu::score(const float* x, int64_t n, int32_t level, float* energy, float* score) {
@@ -215,7 +218,7 @@ void Gpu::score(const float* x, int64_t n, int32_t level, float* energy, float* 
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t count = std::min(n - i, kBlock);
       driver_.check(driver_.cuMemcpyHtoDAsync(events_, x + i * d, bytes(count * d), stream_), "copying events");
-      launch(events_, count, level, at_energy, score ? at_score : 0, stream_);
+      launch(events_, count, level, at_energy, score ? at_score : 0, 0, stream_);
       driver_.check(driver_.cuMemcpyDtoHAsync(energy + i, at_energy, bytes(count), stream_), "copying energies");
       if (score)
         driver_.check(driver_.cuMemcpyDtoHAsync(score + i * d, at_score, bytes(count * d), stream_), "copying scores");

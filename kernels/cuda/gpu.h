@@ -19,8 +19,9 @@ class Gpu {
 
   // From and to memory of the host; score may be null.
   void score(const float* x, int64_t n, int32_t level, float* energy, float* score);
-  // In memory of the GPU; n is below 2^31. Returns when the work is enqueued.
-  void enqueue(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUstream stream);
+  // In memory of the GPU; score and flag may be null; n is below 2^31. Returns when the work is enqueued.
+  void enqueue(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUdeviceptr flag,
+               CUstream stream);
 
   uint32_t architecture() const { return kernels_.front().kernel->cc; }
 
@@ -38,7 +39,8 @@ class Gpu {
   CUdeviceptr allocate(uint64_t bytes, const char* what) const;
   void reserve(int64_t events);
   const Loaded& choose(int64_t n, bool with_score) const;
-  void launch(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUstream stream);
+  void launch(CUdeviceptr x, int64_t n, int32_t level, CUdeviceptr energy, CUdeviceptr score, CUdeviceptr flag,
+              CUstream stream);
 
   const File& file_;
   const Driver& driver_;
