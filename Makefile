@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup demo clean help
+.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup demo triton-server clean help
 
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
@@ -36,12 +36,16 @@ setup: $(READY)  ## .venv with all extras
 
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,test]"
+	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,hep,test]"
 	touch $@
 
 demo: setup  ## train the committed demo model again (toy events, seed 0: half a minute)
 	$(RUN) -m ebm train toy --out models/demo
 	-$(RUN) -m kernels calibrate models/demo toy
+
+triton-server: setup  ## .triton-server: Triton Inference Server 2.51, without docker, for its tests (half a minute)
+	$(RUN) -m venv --clear .triton-server
+	.triton-server/bin/python -m pip install --progress-bar on nvidia-pytriton==0.7.0 safetensors
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info kernels/_native*.so

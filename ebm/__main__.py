@@ -1,4 +1,4 @@
-"""`python -m ebm`: train a model on events, score events with it, see how well it does."""
+"""`python -m ebm`: see what a file holds, train a model on events, score events with it, see how well it does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 
 Data = Annotated[str, typer.Argument(
-    help="Events: **toy**, **toy:N** with N background events, or a HiggsML file (.csv, .csv.gz).")]
+    help="Events: **toy**, **toy:N** with N background events, or files: ROOT, CSV, Parquet, HDF5 or NumPy, with "
+    "options behind a question mark where needed, as in **'nano/\\*.root?era=UL2018'**.")]
 Model = Annotated[Path, typer.Argument(help="Directory that 'train' wrote.")]
 BackendName = Annotated[str, typer.Option(
     "--backend", help="auto, or a name that 'python -m kernels' lists; auto takes the fastest that runs here.")]
@@ -142,6 +143,23 @@ def evaluate(
     if json_file is not None:
         with whole_file(json_file) as f:
             f.write((json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode())
+
+
+@app.command(epilog="Example: python -m ebm describe 'nano.root?era=UL2018'")
+@one_sentence
+def describe(
+    data: Data,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a file holds: layout, events, labels, weights, event numbers, and every feature's range and gaps."""
+    from ebm.describe import describe as figures
+    from ebm.describe import print_description
+
+    description = figures(data)
+    if as_json:
+        print(json.dumps(plain(description), indent=1, allow_nan=False))
+    else:
+        print_description(description)
 
 
 def _load(data: str) -> Events:

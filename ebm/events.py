@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,10 @@ class Events:
     `event_id` (n,) strings: run:lumi:event, the file's id, or, with `has_id` false, the row number.
     `label` (n,) int8, 1 for signal, and `weight` (n,) float64 are for evaluation only and None where the
     file has none. `process` (n,) strings names the generator's process where it is known.
+
+    Weights keep their sign: sums of them, negative ones among them, are what estimates a yield at next-to-leading
+    order. Training takes every event once and no weight, so that a negative one can neither turn the loss round
+    nor cost events (others train on absolute weights, or drop the negative ones; both change what is learned).
     """
 
     schema: Schema
@@ -89,33 +94,72 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def load_events(source: str | Path) -> Events:
-    """Events of `source`: the path of a HiggsML file (.csv, .csv.gz), "toy" or "toy:N".
+def is_toy(source: str | Path) -> bool:
+    return isinstance(source, str) and (source == "toy" or source.startswith("toy:"))
 
-    "toy" is 200,000 background and 4,000 signal events; "toy:N" has N background events and N // 50
-    signal events. The file "./toy" is a path. Anything that cannot be read raises DataError.
+
+def load_events(source: str | Path, **options: object) -> Events:
+    """All events of `source` in memory.
+
+    "toy" is 200,000 background and 4,000 signal events; "toy:N" has N background events and N // 50 signal
+    events. Anything else is a path, or a pattern with * that names several files of one kind: ROOT (NanoAOD
+    becomes `hep64-v1`; other trees give their flat branches), .csv, .csv.gz, .parquet, .h5, .hdf5, .npy, .npz.
+    The file "./toy" is a path. `ebm.readers.Options` lists the options; they can be written behind the path
+    too, as in "flat.root?tree=events&features=pt1,pt2&label=class=h". Anything that cannot be read raises DataError.
+
+    Where the layout is known (HiggsML, LHCO, hep64-v1) the columns are recognised; else every column of numbers
+    is a feature, up to 256, but for those that are named like a label, a weight or an event number.
     """
-    if isinstance(source, str) and (source == "toy" or source.startswith("toy:")):
+    if is_toy(source):
         from ebm.toy import toy
 
         number = source.removeprefix("toy").removeprefix(":") or ("200000" if source == "toy" else "")
-        if not (number.isascii() and number.isdigit() and int(number) > 0):
+        if options or not (number.isascii() and number.isdigit() and int(number) > 0):
             raise DataError(f"{source!r}: expected toy or toy:N with N background events, a positive whole number")
         return toy(n_background=int(number), n_signal=int(number) // 50, seed=0)
-    path = Path(source)
-    if path.is_dir():
-        raise DataError(f"{path}: expected a file, given a directory")
-    if not path.name.lower().endswith((".csv", ".csv.gz")):
-        kind = f"files {path.suffix!r}" if path.suffix else "files without a suffix"
-        raise DataError(f"{path}: {kind} are not supported, expected .csv or .csv.gz (HiggsML), or toy")
-    from ebm import higgsml
+    from ebm.readers import load
 
-    return higgsml.read(path)
+    return load(source, **options)
+
+
+def iterate(source: str | Path, step: str | int = "100 MB", **options: object) -> Iterator[Events]:
+    """The events of `source`, in order and in pieces, so that a file larger than memory can be read.
+
+    `step` is the most that is read at once, as memory ("100 MB") or as a number of events. The options and the
+    errors are those of `load_events`; the pieces have no digest, and what only the whole file can tell (an event
+    number that is there twice, weights that sum to zero) is not checked.
+    """
+    from ebm.readers import iterate as pieces
+    from ebm.readers import rows_of
+
+    if is_toy(source):
+        events = load_events(source, **options)
+        rows = rows_of(step, events.x[0].nbytes)
+        yield from (events[i : i + rows] for i in range(0, len(events), rows))
+    else:
+        yield from pieces(source, step, **options)
+
+
+def concatenate(parts: Sequence[Events]) -> Events:
+    """The events of all parts, one after the other; what one part has not (labels, say) the result has not.
+
+    Raises DataError where the schemas differ.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        check_schema(first.schema, part.schema, first.source, part.source)
+
+    def joined(name: str) -> np.ndarray | None:
+        columns = [getattr(part, name) for part in parts]
+        return None if any(column is None for column in columns) else np.concatenate(columns)
+
+    return replace(first, has_id=all(part.has_id for part in parts),
+                   **{name: joined(name) for name in ("x", "event_id", "label", "weight", "process")})
 
 
 def check_schema(model: Schema, data: Schema, model_name: str | Path, data_name: str | Path) -> None:
-    """DataError unless the data have the features that the model was trained on, in its order."""
-    if model.features == data.features and model.missing_marker == data.missing_marker:
+    """DataError unless the data have the features that the model was trained on, in its order and from its b-tagger."""
+    if (model.name, model.features, model.missing_marker) == (data.name, data.features, data.missing_marker):
         return
     different = next((f"; feature {j} is {a!r} in the model, {b!r} in the data" for j, (a, b) in
                       enumerate(zip(model.features, data.features, strict=False)) if a != b), "")

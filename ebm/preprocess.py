@@ -67,8 +67,12 @@ class Preprocessing:
         constant = []
         for j, name in enumerate(schema.features):
             values = x[~np.isnan(x[:, j]), j]
-            if len(values) == 0:
+            if len(values) == 0 and not (schema.optional and schema.optional[j]):
                 raise DataError(f"feature {name!r} is missing in all {len(x)} background events")
+            if len(values) == 0:  # no event has so many objects
+                impute[j] = 0.0
+                constant.append(name)
+                continue
             if np.isinf(values).any():
                 raise DataError(f"feature {name!r} is infinite in {np.isinf(values).sum()} background events")
             if len(values) < len(x) or (schema.optional is not None and schema.optional[j]):
