@@ -1,13 +1,14 @@
-"""Who is measured: our backends and the peers, each built into one thing that can be called and timed."""
+"""Who is measured: our backends and exports and the peers, each built into one thing that can be called and timed."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from bench import peers
 from bench.peers import ENERGY, ENERGY_AND_SCORE
 from ebm.bundle import Bundle
 from kernels import BACKENDS, Scorer, load_scorer
+from kernels.registry import ARTEFACTS
 
 TASKS = (ENERGY, ENERGY_AND_SCORE)
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
@@ -61,15 +63,25 @@ class Contender:
 
 
 def scorer_names() -> list[str]:
-    """Everything that --backend can name: plain backends, backend-precision, native@instruction-set, and peers."""
+    """What --backend can name beside exported files: backends, backend-precision, native@instruction-set, and peers."""
     ours = [name if i == 0 else f"{name}-{precision}"
             for name, b in BACKENDS.items() for i, precision in enumerate(b.dtypes)]
     return [*ours, *(f"native@{isa}" for isa in INSTRUCTION_SETS), *peers.PEERS]
 
 
+def check_names(names: Iterable[str]) -> None:
+    """ValueError on a name that is none of `scorer_names` and no exported file."""
+    for name in names:
+        if name not in scorer_names() and not (Path(name).suffix in ARTEFACTS and Path(name).is_file()):
+            raise ValueError(f"--backend {name!r}: expected one of {', '.join(scorer_names())}, or an exported file "
+                             "such as out/model.onnx")
+
+
 def build(name: str, bundle: Bundle, threads: int, not_run: dict[str, str], named: bool) -> Contender | None:
     """The contender, or None and the reason in `not_run`; a contender that the caller named raises instead."""
     try:
+        if Path(name).suffix in ARTEFACTS:
+            return _build_artefact(name, bundle, threads)
         return _build_peer(name, bundle, threads) if name in peers.PEERS else _build_own(name, bundle, threads)
     except Exception as e:  # a runtime that breaks is a result, not the end of the run
         if named:
@@ -100,9 +112,22 @@ def _build_own(name: str, bundle: Bundle, threads: int) -> Contender:
     options: dict[str, Any] = {"threads": threads} if backend in _TAKE_THREADS else {}
     if precision:
         options["precision"] = precision
-    start = time.perf_counter()
     with _instruction_set(isa):
-        scorer = load_scorer(bundle, backend, **options)
+        return _of_scorer(name, lambda: load_scorer(bundle, backend, **options))
+
+
+def _build_artefact(name: str, bundle: Bundle, threads: int) -> Contender:
+    contender = _of_scorer(name, lambda: load_scorer(name, threads=threads))
+    its = contender.scorer
+    if (its.bundle.digest, its.default_level, its.preprocess) != (bundle.digest, bundle.default_level, True):
+        raise RuntimeError("it was exported from another model, at another noise level or without preprocessing: name "
+                           "its model with --model")
+    return contender
+
+
+def _of_scorer(name: str, load: Callable[[], Scorer]) -> Contender:
+    start = time.perf_counter()
+    scorer = load()
     return Contender(name, False, scorer.device, scorer.precision, lambda task, batch: getattr(scorer, task),
                      time.perf_counter() - start, scorer)
 

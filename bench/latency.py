@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bench.contenders import TASKS, scorer_names
+from bench.contenders import TASKS, check_names, scorer_names
 from bench.measure import Plan
 from bench.options import MOST_EVENTS, TOY, number, run, split
 from bench.peers import DEFAULT_PEERS, ENERGY_AND_SCORE, PEERS
@@ -43,7 +43,8 @@ wrong numbers; 2 if the input cannot be used.
 @app.command(epilog=EPILOG)
 def main(
     backend: Annotated[list[str] | None, typer.Option(
-        help=f"What to measure, repeated or separated by commas: {', '.join(scorer_names())}. Default: every "
+        help=f"What to measure, repeated or separated by commas: {', '.join(scorer_names())}, or an "
+             "exported file of the model, such as out/model.onnx. Default: every "
              f"backend that runs natively on this device, and every peer but {', '.join(_SLOW_PEERS)}."
     )] = None,
     batch: Annotated[list[str] | None, typer.Option(help="Events per call, e.g. 1,64,4096.")] = None,
@@ -75,9 +76,7 @@ def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[
         raise ValueError("--quick and --full exclude each other")
     cores = len(os.sched_getaffinity(0))
     scorers = split(backend)
-    for name in scorers or ():
-        if name not in scorer_names():
-            raise ValueError(f"--backend {name!r}: expected one of {', '.join(scorer_names())}")
+    check_names(scorers or ())
     batches = [number("--batch", b, MOST_EVENTS) for b in split(batch) or ()]
     counts = [cores if t == "all" else number("--threads", t, cores) for t in split(threads) or ()]
     if quick:

@@ -6,12 +6,9 @@ runtime gains by it, its own thread setting, no copies that it does not need.
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,19 +39,17 @@ class Peer:
         """x (batch, D) -> energy, or energy and score."""
         raise NotImplementedError
 
+    def options(self, task: str) -> Any:
+        """What the exported graph has to compute for a task."""
+        from export.score_graph import Options
+
+        return Options.of(self.bundle, outputs=(ENERGY,) if task == ENERGY else (ENERGY, "score"))
+
     def graph(self, task: str) -> Any:
-        """The model in plain torch operations."""
-        from export.score_graph import FixedLevelGraph
+        """The model in plain torch operations; it gives a tuple."""
+        from export.score_graph import ExportGraph
 
-        return FixedLevelGraph(self.bundle, energy_only=task == ENERGY)
-
-    def example(self, batch: int) -> Any:
-        """Events of the right shape for tracing."""
-        import torch
-
-        p = self.bundle.preprocessing
-        row = torch.from_numpy(np.where(np.isnan(p.impute), p.mean, p.impute))
-        return row.expand(batch, -1).contiguous()
+        return ExportGraph(self.bundle, self.options(task))
 
 
 class TorchEager(Peer):
@@ -68,12 +63,11 @@ class TorchEager(Peer):
         graph = self.graph(ENERGY)
         if task == ENERGY:
             return _torch_function(graph)
-        preprocess, network = graph.model.preprocessing, graph.model.network
 
         def call(x: np.ndarray) -> Any:
-            u, slope = preprocess(torch.from_numpy(x))
+            u, slope = graph.preprocessing(torch.from_numpy(x))
             u.requires_grad_()
-            energy = network(u, 0)
+            energy = graph.network(u, graph.level)
             (gradient,) = torch.autograd.grad(energy.sum(), u)
             return energy.detach().numpy(), (-gradient * slope).numpy()
 
@@ -104,10 +98,12 @@ class TorchCompileMax(TorchCompile):
     def function(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
         import torch
 
+        from export.score_graph import example_events
+
         call = super().function(task, batch)
         # Freezing is read from the global settings while it compiles; among the options it does nothing.
         with torch._inductor.config.patch(freezing=True):
-            call(self.example(batch).numpy())
+            call(example_events(self.bundle, batch).numpy())
         return call
 
 
@@ -117,10 +113,9 @@ class TorchScript(Peer):
     name = "torchscript"
 
     def function(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
-        import torch
+        from export.to_torchscript import traced
 
-        with torch.inference_mode():
-            return _torch_function(torch.jit.freeze(torch.jit.trace(self.graph(task), self.example(batch))))
+        return _torch_function(traced(self.bundle, self.options(task)))
 
 
 class OnnxRuntime(Peer):
@@ -137,28 +132,22 @@ class OnnxRuntime(Peer):
         if task not in self.sessions:
             self.sessions[task] = self._session(task)
         run = self.sessions[task].run
-        return (lambda x: run(None, {"x": x})[0]) if task == ENERGY else (lambda x: run(None, {"x": x}))
+        return (lambda x: run(None, {"events": x})[0]) if task == ENERGY else (lambda x: run(None, {"events": x}))
 
     def _session(self, task: str) -> Any:
         import onnxruntime
-        import torch
+
+        from export.to_onnx import onnx_model
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        names = ["energy"] if task == ENERGY else ["energy", "score"]
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            # A batch of 1 would be taken for a constant.
-            torch.onnx.export(self.graph(task), (self.example(7),), path, dynamo=True, input_names=["x"],
-                              output_names=names, dynamic_shapes=({0: torch.export.Dim("n")},),
-                              external_data=False, verbose=False)
-            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        model = onnx_model(self.bundle, self.options(task)).SerializeToString()
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class OpenVino(Peer):
-    """OpenVINO, converted from torch: from the ONNX file its gradient is wrong."""
+    """OpenVINO, converted from torch: from an ONNX file in which products share a weight its gradient is wrong."""
 
     name = "openvino"
     modules = ("torch", "openvino")
@@ -170,9 +159,12 @@ class OpenVino(Peer):
     def function(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
         import openvino
 
+        from export.score_graph import example_events
+
         width = self.bundle.schema.n_features
         if task not in self.models:
-            self.models[task] = openvino.convert_model(self.graph(task), [-1, width], example_input=self.example(7))
+            example = example_events(self.bundle, 7)
+            self.models[task] = openvino.convert_model(self.graph(task), [-1, width], example_input=example)
         model = self.models[task].clone()
         model.reshape([batch, width])
         # Without the precision hint it computes in bf16 where the processor can.
@@ -230,13 +222,13 @@ class Jax(Peer):
 
 
 def _torch_function(module: Callable[[Any], Any]) -> Callable[[np.ndarray], Any]:
-    """NumPy to NumPy around a torch module with one or two outputs."""
+    """NumPy to NumPy around a torch module that gives a tuple of one or two tensors."""
     import torch
 
     def call(x: np.ndarray) -> Any:
         with torch.inference_mode():
-            result = module(torch.from_numpy(x))
-            return result.numpy() if isinstance(result, torch.Tensor) else tuple(r.numpy() for r in result)
+            results = tuple(r.numpy() for r in module(torch.from_numpy(x)))
+            return results if len(results) > 1 else results[0]
 
     return call
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.contenders import scorer_names
+from bench.contenders import check_names
 from bench.measure import Plan
 from bench.options import MOST_EVENTS, TOY, number, run, split
 from bench.peers import DEFAULT_PEERS, ENERGY, ENERGY_AND_SCORE
@@ -61,9 +61,7 @@ def make_plan(backend: list[str] | None, batch: list[str] | None, threads: list[
     """The plan of these options; ValueError says which one cannot be used."""
     cores = len(os.sched_getaffinity(0))
     scorers = tuple(dict.fromkeys(split(backend) or OURS)) + (DEFAULT_PEERS if peers else ())
-    for name in scorers:
-        if name not in scorer_names():
-            raise ValueError(f"--backend {name!r}: expected one of {', '.join(scorer_names())}")
+    check_names(scorers)
     batches = [number("--batch", b, MOST_EVENTS) for b in split(batch) or ()]
     batches = batches or [b for b in BATCHES if not peers or b <= _PEERS_TO]
     counts = [cores if t == "all" else number("--threads", t, cores) for t in split(threads) or ()]

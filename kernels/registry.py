@@ -41,8 +41,7 @@ class Backend:
 
     def load(self) -> type[Scorer]:
         """The backend's Scorer class."""
-        module, name = self.scorer.split(":")
-        return getattr(importlib.import_module(module), name)
+        return _named(self.scorer)
 
 
 def _triton_why_not() -> str | None:
@@ -83,9 +82,16 @@ BACKENDS = {b.name: b for b in (
 )}
 
 
+# What `python -m export` writes: the suffix of an artefact and its Scorer.
+ARTEFACTS = {
+    ".pt": "export.scorers:TorchScriptScorer", ".onnx": "export.scorers:OnnxScorer",
+    ".pt2": "export.scorers:AOTInductorScorer", ".engine": "export.tensorrt_scorer:TensorRTScorer",
+}
+
+
 def load_scorer(model, backend: str = "auto", *, precision: str | None = None, preprocess: bool = True,
                 on_nonfinite: str = "raise", **options) -> Scorer:
-    """A Scorer for a model directory (or an `ebm.bundle.Bundle`).
+    """A Scorer for a model directory (or an `ebm.bundle.Bundle`), or for an exported file such as out/model.onnx.
 
     `backend` is "auto" (the fastest that runs here; the choice is logged and kept in `chosen_because`) or a
     name from `BACKENDS`; a named backend that cannot run raises RuntimeError with the reason.
@@ -94,9 +100,12 @@ def load_scorer(model, backend: str = "auto", *, precision: str | None = None, p
     of it: 'python -m kernels calibrate' makes one.
     `preprocess=False` takes events that are preprocessed already. `on_nonfinite="propagate"` gives NaN for a
     damaged event instead of raising. Other options go to the backend (`threads=` of native and numba).
+    An exported file is a backend of its own, and has its precision and its preprocessing, or none, in it.
     """
     from ebm.bundle import Bundle
 
+    if isinstance(model, str | Path) and Path(model).suffix in ARTEFACTS and not Path(model).is_dir():
+        return _load_artefact(Path(model), backend, precision, preprocess, on_nonfinite=on_nonfinite, **options)
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
     kind = bundle.architecture.kind
     if backend == "auto":
@@ -117,6 +126,23 @@ def load_scorer(model, backend: str = "auto", *, precision: str | None = None, p
     if backend == "auto":
         log.info("%s", scorer)
     return scorer
+
+
+def _load_artefact(path: Path, backend: str, precision: str | None, preprocess: bool, **options) -> Scorer:
+    if backend != "auto":
+        raise ValueError(f"backend is {backend!r}, expected 'auto': {path} is run by the runtime that it was made for")
+    scorer = _named(ARTEFACTS[path.suffix])(path, **options)
+    if precision not in (None, scorer.precision):
+        raise ValueError(f"precision is {precision!r}, {path} has {scorer.precision!r}")
+    if scorer.preprocess and not preprocess:
+        raise ValueError(f"{path} was exported with its preprocessing: export it again with --no-preprocess")
+    return scorer
+
+
+def _named(lazy: str) -> type[Scorer]:
+    """The class of a "module:Class"."""
+    module, name = lazy.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _choose(kind: str, precision: str | None) -> tuple[Backend, str]:
