@@ -26,7 +26,7 @@ PRECISIONS = ("bf16", "fp16")
 SMALL = (30, 200, 1)
 # Bytes of a thread, of the reference model and of the widest: mostly addresses, which are put away before the loop over
 # events begins; in the loop 1% of the instructions fetch them.
-SPILLS, MOST_SPILLS = 256, 720
+SPILLS, MOST_SPILLS = 320, 720
 
 
 class Emulated:

@@ -250,5 +250,9 @@ def test_a_reduced_precision_needs_its_physics_report():
         assert "physics report" in row["reason"] or "C++" in row["reason"]
 
 
-def test_the_toy_fits_the_models_of_its_features():
-    assert Bundle.load(DEMO).schema.features == hep64.SCHEMA.features
+def test_the_toy_fits_models_of_its_features_whatever_their_b_tagger():
+    demo = Bundle.load(DEMO)
+    assert demo.schema.features == hep64.SCHEMA.features
+    bundle = replace(demo, schema=replace(demo.schema, name="hep64-v1/PNetB"))
+    (row,) = of(verify(bundle, backends=["reference"]), check="real")
+    assert row["status"] == PASS
