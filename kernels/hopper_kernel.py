@@ -69,7 +69,7 @@ def _known(x, table, cols, D_PAD: gl.constexpr):
 
 @gluon.jit
 def _preprocess(x, table, cols, D_PAD: gl.constexpr):
-    """Raw x to u, to all the digits that half precision keeps; the rows of `table` are those of `pack_table`."""
+    """Raw x to u, to all the digits that half precision keeps; the rows of `table` are those of `hopper.pack`."""
     _missing, x, a, root = _known(x, table, cols, D_PAD)
     # asinh(a) = log1p(a + a r) with r = a / (1 + sqrt(1 + a^2)) <= 1; in halves, so that 2 a does not overflow
     r = gl.minimum(a * _asm("rcp.approx.ftz.f32", 1.0 + root), 1.0) * _column(table, 5, cols, D_PAD)
@@ -272,7 +272,7 @@ def hopper(x, k, energy, score, flag, tiles, b_in, b, w_out, table, b_out, thres
     """x (n, D) -> energy (n, levels) at levels first_level, ..., score (n, D) and flag (n,) of the only level.
 
     `k` (n,) has one level per event, or is None; so are `score` and `flag` where they are not wanted. `tiles` describes
-    the weights as `pack_tiles` lays them out, in tiles of ROWS x H; PACKED values of silu' share a word, or are in half
+    the weights as `hopper.pack` lays them out, in tiles of ROWS x H; PACKED values of silu' share a word, or are in half
     precision where that is 1.
     """
     UP: gl.constexpr = (D_PAD + LAYERS * H) // ROWS
