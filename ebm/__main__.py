@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from ebm.bundle import Bundle, check_destination
-from ebm.command import one_sentence, plain, whole_file
+from ebm.command import check_device, check_file, one_sentence, plain, whole_file
 from ebm.events import DataError, Events, check_schema, load_events
+from ebm.settings import Settings
+from ebm.threshold import CROSSINGS
+
+if TYPE_CHECKING:
+    from ebm.style import Pictures
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -29,6 +33,8 @@ Data = Annotated[str, typer.Argument(
     help="Events: **toy**, **toy:N** with N background events, or files: ROOT, CSV, Parquet, HDF5 or NumPy, with "
     "options behind a question mark where needed, as in **'nano/\\*.root?era=UL2018'**.")]
 Model = Annotated[Path, typer.Argument(help="Directory that 'train' wrote.")]
+Pictured = Annotated[Path, typer.Option("--out", help="Directory for the pictures, each as PNG and PDF.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
 BackendName = Annotated[str, typer.Option(
     "--backend", help="auto, or a name that 'python -m kernels' lists; auto takes the fastest that runs here.")]
 
@@ -38,11 +44,26 @@ BackendName = Annotated[str, typer.Option(
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Directory for the model; an older model there is replaced.")],
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, data and threads: same weights.")] = 0,
+    steps: Annotated[int | None, typer.Option(
+        min=1, help=f"Training steps; left out, {Settings.steps or 'as many as the number of events suggests'}.",
+    )] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, data and threads: same weights.")] = Settings.seed,
     hidden: Annotated[int, typer.Option(min=1, max=512, help="Width of the network.")] = 256,
     layers: Annotated[int, typer.Option(min=1, max=8, help="Residual layers.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Events per step.")] = 512,
+    members: Annotated[int, typer.Option(min=1, max=512, help="Networks in one, trained with the seeds that follow; "
+                                         "--hidden times these is at most 512.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Events per step.")] = Settings.batch_size,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = Settings.lr,
+    dsm: Annotated[float, typer.Option(help="Weight of the score matching loss, levels at random.")] = Settings.dsm,
+    multi_scale: Annotated[float, typer.Option(help="Weight of the sum of that loss over all noise levels, 1 / L "
+                                               "each.")] = Settings.multi_scale,
+    l2: Annotated[float, typer.Option("--l2", help="Weight of the squared parameters.")] = Settings.l2,
+    patience: Annotated[int | None, typer.Option(
+        min=1, help="Stop after so many steps without a better loss on held-out training events, and take the best "
+        "weights.")] = Settings.patience,
+    checkpoint: Annotated[Path | None, typer.Option(help="Directory to keep the unfinished training in.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --checkpoint, if anything is: the "
+                                         "weights end as if nothing had stopped it.")] = False,
     events: Annotated[int | None, typer.Option(min=1, help="Background events of the toy, as in toy:N.")] = None,
     backend: BackendName = "auto",
     device: Annotated[str, typer.Option(help="Where to train: cpu, or a GPU as cuda or cuda:1.")] = "cpu",
@@ -58,28 +79,34 @@ def train(
         if data != "toy":
             raise DataError(f"--events is for the toy, given with {data}")
         data = f"toy:{events}"
-    _check_device(device)
+    if resume and checkpoint is None:
+        raise DataError("--resume needs --checkpoint DIR, the directory that the training was kept in")
+    check_device(device)
     loaded = _load(data)
     from ebm.train import fit
     from kernels import load_scorer
     from kernels.autograd import energy_and_score_of
 
     # A backend that cannot run is better known before the training than after it.
-    scorer = load_scorer(Bundle.random(loaded.schema.n_features, hidden, layers), backend)
+    scorer = load_scorer(Bundle.random(loaded.schema.n_features, members * hidden, layers), backend)
 
     def energies(bundle: Bundle, x: np.ndarray) -> np.ndarray:
         return load_scorer(bundle, scorer.name).energy(x)
 
-    options = {"--out": out, "--steps": steps, "--seed": seed, "--hidden": hidden, "--layers": layers, "--batch": batch,
-               "--device": device}
-    command = shlex.join(["python", "-m", "ebm", "train", _portable(data),
-                          *(part for name, value in options.items() for part in (name, _portable(value)))])
-    trained = fit(loaded, energies, steps=steps, hidden_dim=hidden, n_layers=layers, batch_size=batch, seed=seed,
-                  command=command, device=device, energy_and_score_of=energy_and_score_of)
+    settings = {"steps": steps or Settings.steps, "seed": seed, "batch_size": batch, "lr": lr, "dsm": dsm,
+                "multi_scale": multi_scale, "l2": l2, "patience": patience}
+    options = {"--out": out, "--steps": settings["steps"], "--seed": seed, "--hidden": hidden, "--layers": layers,
+               "--batch": batch, "--device": device, "--members": members, "--lr": lr, "--dsm": dsm,
+               "--multi-scale": multi_scale, "--l2": l2, "--patience": patience}
+    command = shlex.join(["python", "-m", "ebm", "train", _portable(data), *(
+        part for name, value in options.items() if value is not None for part in (name, _portable(value)))])
+    trained = fit(loaded, energies, hidden_dim=hidden, n_layers=layers, members=members, command=command, device=device,
+                  energy_and_score_of=energy_and_score_of, checkpoint=checkpoint, resume=resume, **settings)
     trained.bundle.save(out)
-    from ebm.tables import print_trained
+    from ebm.tables import print_history, print_trained
 
     print_trained(trained, loaded, out)
+    print_history(trained.history)
 
 
 @app.command(epilog="Example: python -m ebm score runs/higgs test.csv --out scores.parquet --explain")
@@ -94,12 +121,12 @@ def score(
 ) -> None:
     """Write energy and flag of every event, in input order: event_id, energy (float32), flag (bool).
 
-    flag = energy > the model's threshold. A positive attribution: raising the feature makes the event more
-    anomalous. Labels are not needed.
+    flag = energy > the model's threshold, and flag_by_FEATURE where it has thresholds by class. A positive
+    attribution: raising the feature makes the event more anomalous. Labels are not needed.
     """
     if out.suffix != ".parquet":
         raise DataError(f"{out}: scores are written as Parquet, expected a name that ends in .parquet")
-    _check_file(out)
+    check_file(out)
     bundle, events, scorer = _open(model, data, backend)
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -108,6 +135,8 @@ def score(
     flag = None if scorer.threshold is None else energy > scorer.threshold
     columns = {"event_id": pa.array(events.event_id.tolist(), pa.string()), "energy": energy,
                "flag": pa.nulls(len(energy), pa.bool_()) if flag is None else flag}
+    if by := bundle.class_thresholds:
+        columns[f"flag_by_{by.feature}"] = by.flag(events, energy)
     if explain:
         attribution = np.asarray(scorer.attribution(events.x), np.float32)
         columns |= {f"attribution_{name}": attribution[:, j] for j, name in enumerate(events.schema.features)}
@@ -118,31 +147,110 @@ def score(
     print(f"{out}: {len(events):,} events, {flagged}")
 
 
+@app.command(epilog="Example: python -m ebm calibrate runs/nano 'zerobias.root?era=UL2018' --rate 1e-5 --by n_jets")
+@one_sentence
+def calibrate(
+    model: Model,
+    data: Data,
+    rate: Annotated[float, typer.Option(help="Share of background that may be flagged.")] = 1e-4,
+    confidence: Annotated[float, typer.Option(help="With which that holds.")] = 0.95,
+    by: Annotated[str | None, typer.Option(help="Feature, such as n_jets: a threshold for each of its values too.")
+                  ] = None,
+    weighted: Annotated[bool, typer.Option("--weighted", help="Use the events' weights; nothing is guaranteed then.")
+                        ] = False,
+    backend: BackendName = "auto",
+) -> None:
+    """Give the model a new threshold, of background events and with the backend that will run.
+
+    Background of the calibration folds counts; of data that the model was not trained on, all but the test folds.
+    """
+    bundle, events, scorer = _open(model, data, backend)
+    from ebm.folds import recalibrate
+    from ebm.tables import print_calibrated
+
+    bundle = recalibrate(bundle, events, scorer.energy, rate=rate, confidence=confidence, by=by, weighted=weighted,
+                         backend=scorer.name)
+    bundle.save(model)
+    print_calibrated(bundle, model)
+
+
 @app.command(epilog="Example: python -m ebm evaluate runs/higgs training.csv.gz --json result.json")
 @one_sentence
 def evaluate(
     model: Model,
     data: Data,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Directory for pictures: significance improvement, and the "
+                                                  "mass before and after cuts on the energy.")] = None,
+    mass: Annotated[str | None, typer.Option(help="Feature that a cut may shape; left out, m_jj or its like.")] = None,
+    input_rate: Annotated[float, typer.Option(help="Events per second before the trigger.")] = CROSSINGS,
+    prescale: Annotated[int, typer.Option(min=1, help="Of so many flagged events one is kept.")] = 1,
     backend: BackendName = "auto",
 ) -> None:
     """Compare the energy with simple detectors on labelled events.
 
-    AUROC, AUPRC, and the signal efficiency at 99.99% background rejection (or the tightest rejection that the
-    sample resolves), beside |x|, the number of missing values, HT and an isolation forest. On data that the model
-    was trained on only the test folds count, on others all events.
+    AUROC, AUPRC, the signal efficiency at 99, 99.9 and 99.99% background rejection (or the tightest rejection that
+    the sample resolves), and the significance improvement, beside simple detectors; weighted too where there are
+    weights. How often the flag is raised, in which classes, and whether it shapes a mass. Where the model was trained
+    or calibrated on some of the events only the test folds count, else all events.
     """
     if json_file is not None:
-        _check_file(json_file)
+        check_file(json_file)
+    if pictures is not None:
+        from ebm.style import check_directory
+
+        check_directory(pictures)
     bundle, events, scorer = _open(model, data, backend)
     from ebm.evaluate import evaluate as figures
     from ebm.tables import print_evaluation
 
-    result = figures(bundle, events, scorer.energy)
+    result = figures(bundle, events, scorer.energy, input_rate=input_rate, prescale=prescale, mass=mass,
+                     pictures=pictures)
     print_evaluation(result)
     if json_file is not None:
         with whole_file(json_file) as f:
             f.write((json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode())
+
+
+@app.command(epilog="Example: python -m ebm explore training.csv.gz --out pictures")
+@one_sentence
+def explore(data: Data, out: Pictured, json_file: Json = None) -> None:
+    """Draw every feature, principal components, correlations and distances, normal events against anomalous ones.
+
+    The training folds' background and the test folds are shown; without labels the test events as one class.
+    """
+    _check_pictures(out, json_file)
+    events = _load(data)
+    from ebm.explore import explore as look
+
+    _deliver(look(events), out, json_file)
+
+
+@app.command(epilog="Example: python -m ebm errors runs/higgs training.csv.gz --out pictures --json errors.json")
+@one_sentence
+def errors(
+    model: Model,
+    data: Data,
+    out: Pictured,
+    rejection: Annotated[float, typer.Option(help="Share of the normal events at or below the cut.")] = 0.99,
+    json_file: Json = None,
+    backend: BackendName = "auto",
+) -> None:
+    """Draw what the energy gets wrong and why it ranks ten events highest, and check that explanation.
+
+    False positives and negatives at a cut on the energy; of the ten highest energies the pull of every feature and
+    object, and the event along the beam; and whether removing the features with the largest pulls lowers the energy.
+    On data that the model was trained on only the test folds count, on others all events. Labels are not needed.
+    """
+    _check_pictures(out, json_file)
+    bundle, events, scorer = _open(model, data, backend)
+    from ebm.errors import errors as look
+    from ebm.errors import summary
+
+    pictures = look(bundle, events, scorer, rejection=rejection)
+    _deliver(pictures, out, json_file)
+    for line in summary(pictures.numbers):
+        print(line)
 
 
 @app.command(epilog="Example: python -m ebm describe 'nano.root?era=UL2018'")
@@ -182,34 +290,28 @@ def _open(model: Path, data: str, backend: str):
     return bundle, events, scorer
 
 
+def _check_pictures(out: Path, json_file: Path | None) -> None:
+    from ebm.style import check_directory
+
+    if json_file is not None:
+        check_file(json_file)
+    check_directory(out)
+
+
+def _deliver(pictures: Pictures, out: Path, json_file: Path | None) -> None:
+    """Write pictures and numbers, and print what could not be shown."""
+    files = pictures.save(out)
+    if json_file is not None:
+        with whole_file(json_file) as f:
+            content = plain(pictures.numbers | {"notes": pictures.notes})
+            f.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    print(f"{out}: {len(files)} files", *(f"note: {note}" for note in pictures.notes), sep="\n")
+
+
 def _portable(value: object) -> str:
     """An argument as the provenance keeps it: of an absolute path only the name."""
     text = str(value)
     return os.path.basename(text) if os.path.isabs(text) else text
-
-
-def _check_device(device: str) -> None:
-    """DataError where there is no such device to train on."""
-    kind, _, index = device.partition(":")
-    if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
-        raise DataError(f"--device {device!r}: expected cpu, cuda or cuda:N")
-    if kind == "cuda":
-        import torch
-
-        if int(index or 0) >= torch.cuda.device_count():
-            raise DataError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
-
-
-def _check_file(path: Path) -> None:
-    """DataError where the file could not be written; called before long work."""
-    parent = path.resolve().parent
-    if path.is_dir():
-        raise DataError(f"{path} cannot be written: it is a directory")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as e:
-        raise DataError(f"{path} cannot be written: {parent}: {e.strerror}") from None
 
 
 if __name__ == "__main__":

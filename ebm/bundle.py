@@ -16,6 +16,7 @@ import numpy as np
 
 from ebm.events import DataError, Schema
 from ebm.preprocess import TRANSFORMS, Preprocessing
+from ebm.threshold import ClassThresholds, Threshold
 
 FORMAT = "fused-ebm bundle"
 FORMAT_VERSION = 1
@@ -56,28 +57,13 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """flag = energy > `energy`, strictly, at noise level `level`.
-
-    `energy` is the `rank`-th largest of `n_background` background energies. The true background rate is at
-    most `upper_bound` with the given confidence; `guaranteed` says whether that is within `rate`.
-    """
-
-    energy: float
-    rate: float
-    confidence: float
-    rank: int
-    n_background: int
-    upper_bound: float
-    guaranteed: bool
-    level: int
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A trained model: architecture, float32 tensors, noise levels, schema, preprocessing, threshold.
 
     `reports` has the physics report of every reduced precision that was compared with float64, by its name.
+    `threshold` is the one that every backend and export applies; `class_thresholds` are applied to energies.
+    `level_mean` and `level_std` (L,) are of each level's energies of background: only with them can levels be compared
+    or combined (`ebm.scores`). Models of earlier versions have none.
     """
 
     architecture: Architecture
@@ -89,6 +75,9 @@ class Bundle:
     threshold: Threshold | None = None
     provenance: dict = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
+    class_thresholds: ClassThresholds | None = None
+    level_mean: tuple[float, ...] = ()
+    level_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         a, s = self.architecture, np.asarray(self.sigmas)
@@ -112,6 +101,13 @@ class Bundle:
                 raise DataError(f"tensor {name} has values that are not finite")
         if not isinstance(self.reports, dict) or not all(isinstance(r, dict) for r in self.reports.values()):
             raise DataError(f"reports must be a dictionary of one dictionary per precision, given {self.reports!r}")
+        means, stds = (np.asarray(v, dtype=float) for v in (self.level_mean, self.level_std))
+        if not (len(means) == len(stds) and len(means) in (0, self.n_levels) and np.isfinite(means).all()
+                and np.isfinite(stds).all() and (stds > 0).all()):
+            raise DataError(f"level_mean and level_std must be {self.n_levels} numbers each, the latter positive, "
+                            f"given {self.level_mean} and {self.level_std}")
+        if self.class_thresholds and self.class_thresholds.feature not in self.schema.features:
+            raise DataError(f"class thresholds of {self.class_thresholds.feature!r}, which is no feature of the schema")
 
     @property
     def n_levels(self) -> int:
@@ -150,7 +146,8 @@ class Bundle:
         description = {"format": FORMAT, "format_version": FORMAT_VERSION,
                        "weights_sha256": hashlib.sha256(weights).hexdigest(), **self._description(),
                        "threshold": self.threshold and asdict(self.threshold), "provenance": self.provenance,
-                       "reports": self.reports}
+                       "reports": self.reports, "level_mean": self.level_mean, "level_std": self.level_std,
+                       "class_thresholds": self.class_thresholds and asdict(self.class_thresholds)}
         text = json.dumps(description, indent=1, allow_nan=False) + "\n"
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -208,8 +205,12 @@ class Bundle:
                        for k in ("marker", "impute", "scale", "mean", "inv_std")}
             preprocessing = Preprocessing(transform=[TRANSFORMS.index(f["transform"]) for f in features], **columns)
             threshold = d["threshold"] and Threshold(**d["threshold"])
+            by = d.get("class_thresholds")
+            by = by and ClassThresholds(by["feature"], tuple(by["lowest"]),
+                                        tuple(Threshold(**t) for t in by["thresholds"]))
             return cls(Architecture(**d["architecture"]), load(content[weights_path]), tuple(d["sigmas"]),
-                       d["default_level"], schema, preprocessing, threshold, d["provenance"], d.get("reports", {}))
+                       d["default_level"], schema, preprocessing, threshold, d["provenance"], d.get("reports", {}), by,
+                       tuple(d.get("level_mean", ())), tuple(d.get("level_std", ())))
         except KeyError as e:
             raise DataError(f"{json_path}: entry {e} is missing") from None
         except DataError as e:

@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ebm.events import DataError
+
 
 def one_sentence(command: Callable) -> Callable:
     """What the user can put right ends as one sentence on stderr and exit code 2, without a traceback."""
@@ -58,6 +60,30 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def check_file(path: Path) -> None:
+    """DataError where the file could not be written; called before long work."""
+    parent = path.resolve().parent
+    if path.is_dir():
+        raise DataError(f"{path} cannot be written: it is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise DataError(f"{path} cannot be written: {parent}: {e.strerror}") from None
+
+
+def check_device(device: str) -> None:
+    """DataError where there is no such device to train on."""
+    kind, _, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
+        raise DataError(f"--device {device!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda":
+        import torch
+
+        if int(index or 0) >= torch.cuda.device_count():
+            raise DataError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
 
 
 def plain(value: object) -> object:

@@ -7,18 +7,49 @@ backward pass is needed, since the score is plain operations of the weights.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ebm.checkpoint import History, Run, digest
+from ebm.events import DataError
+from ebm.settings import Settings
+
 EnergyAndScore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # u (n, D), k (n,) -> E (n,), s (n, D)
-_HELD_OUT_EVENTS = 4096
+HELD_OUT_EVENTS = 4096
+
+
+class Sample(NamedTuple):
+    """Preprocessed events u (n, D) float32, and how noise enters them.
+
+    `mask` (n, D) bool is false where a feature is absent: no noise there, and no part in the loss. `width` (n, D)
+    float32 is the distance between neighbouring values of a feature that counts, 0 of others: uniform noise of this
+    width goes in beforehand, or the density would have a peak at each whole number.
+    """
+
+    u: Tensor
+    mask: Tensor | None = None
+    width: Tensor | None = None
+
+    def rows(self, rows: Tensor | slice) -> Sample:
+        return Sample(*(None if t is None else t[rows] for t in self))
+
+    def to(self, device: torch.device | str) -> Sample:
+        return Sample(*(None if t is None else t.to(device) for t in self))
+
+    def dequantised(self, generator: torch.Generator) -> Tensor:
+        """u with uniform noise in the features that count."""
+        if self.width is None:
+            return self.u
+        uniform = torch.rand(self.u.shape, generator=generator, device=self.u.device, dtype=self.u.dtype)
+        return self.u + self.width * (uniform - 0.5)
 
 
 def geometric_sigmas(n: int = 10, largest: float = 2.0, smallest: float = 0.05) -> tuple[float, ...]:
@@ -45,152 +76,125 @@ def dsm_errors(energy_and_score: EnergyAndScore, u: Tensor, k: Tensor, noise: Te
     return error.square().sum(-1)
 
 
-def dsm_loss(energy_and_score: EnergyAndScore, u: Tensor, k: Tensor, noise: Tensor, sigmas: Tensor, *,
-             mask: Tensor | None = None, level_weights: Tensor | None = None, l2: float = 0.0,
-             parameters: Sequence[Tensor] = ()) -> Tensor:
-    """L = L_DSM + sum_i w_i L_DSM(sigma_i) + l2 |theta|^2 with w = l1 v = `level_weights` (L,).
+def loss_terms(energy_and_score: EnergyAndScore, u: Tensor, k: Tensor, noise: Tensor, sigmas: Tensor, *,
+               mask: Tensor | None = None, dsm: float = 1.0, level_weights: Tensor | None = None, l2: float = 0.0,
+               parameters: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """The terms of L = dsm L_DSM + sum_i w_i L_DSM(sigma_i) + l2 |theta|^2 that are on, with w = `level_weights` (L,).
 
     L_DSM is the mean over events, whose levels k were drawn uniformly. The same draws estimate the second
     term without bias: an event at level k stands for L w_k L_DSM(sigma_k).
     """
     errors = dsm_errors(energy_and_score, u, k, noise, sigmas, mask)
+    terms = {}
+    if dsm:
+        terms["dsm"] = dsm * errors.mean()
     if level_weights is not None:
-        errors = errors * (1 + len(sigmas) * level_weights[k])
-    loss = errors.mean()
+        terms["multi_scale"] = (len(sigmas) * level_weights[k] * errors).mean()
     if l2:
-        loss = loss + l2 * sum(p.square().sum() for p in parameters)
-    return loss
+        terms["l2"] = l2 * sum(p.square().sum() for p in parameters)
+    return terms
 
 
-@dataclass
-class History:
-    """What a training run left behind; losses are per event, summed over features (D means: learned nothing)."""
-
-    steps: list[int] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)  # mean since the entry before
-    held_out_loss: list[float] = field(default_factory=list)  # of the averaged weights, at the same steps
-    held_out_per_level: list[float] = field(default_factory=list)  # at the end, (L,)
-    seconds: float = 0.0
+def dsm_loss(energy_and_score: EnergyAndScore, u: Tensor, k: Tensor, noise: Tensor, sigmas: Tensor,
+             **options: object) -> Tensor:
+    """The sum of `loss_terms`, which has the arguments."""
+    return sum(loss_terms(energy_and_score, u, k, noise, sigmas, **options).values())
 
 
 def train(network: nn.Module, u: Tensor, sigmas: Sequence[float], *, mask: Tensor | None = None,
-          steps: int = 4000, batch_size: int = 512, lr: float = 1e-3, ema: float = 0.999, seed: int = 0,
-          energy_and_score: EnergyAndScore | None = None, level_weights: Sequence[float] | None = None,
-          l2: float = 0.0, validation: tuple[Tensor, Tensor | None] | None = None, record_every: int = 200,
-          progress: bool | None = None) -> History:
+          width: Tensor | None = None, validation: Sequence[Tensor | None] | None = None,
+          energy_and_score: EnergyAndScore | None = None, record_every: int = 200, checkpoint: Path | None = None,
+          resume: bool = False, progress: bool | None = None, **settings: object) -> History:
     """Train an EnergyNetwork or ScoreNetwork on preprocessed background u (n, D); its weights end as their EMA.
 
-    Adam with a cosine schedule from `lr` to 0. `mask` (n, D) bool is false where a feature is absent.
-    `validation` is (u, mask) of held-out events, whose loss with one fixed draw of noise is recorded.
-    `energy_and_score` may be a fused kernel that reads the network's weights. The same seed, data and
-    number of threads give the same weights. `progress`: True or False; None shows it on a terminal.
-    Raises ValueError on arguments that cannot be trained with, RuntimeError where the loss diverges.
+    `mask` and `width` are those of `Sample`, `validation` the fields of one of held-out events, whose loss with one
+    fixed draw of noise is recorded every `record_every` steps; `settings` are the fields of `Settings`.
+    `energy_and_score` may be a fused kernel that reads the network's weights. The same seed, data and number of
+    threads give the same weights, also where the training was killed: at every record the file `checkpoint` is
+    replaced, and `resume` continues from it, if it is there. `progress`: True or False; None shows it on a terminal.
+    Raises ValueError on arguments that cannot be trained with, DataError on a checkpoint that is damaged, not asked
+    for or of another training, RuntimeError where the loss diverges.
     """
-    if u.ndim != 2 or len(u) == 0 or steps < 1 or batch_size < 1:
-        raise ValueError(f"expected events (n, D) with n > 0, steps and batch_size at least 1, given "
-                         f"{tuple(u.shape)}, {steps}, {batch_size}")
-    if mask is not None and mask.shape != u.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(u.shape)} as the events")
-    if len(sigmas) != network.n_sigmas:
-        raise ValueError(f"{len(sigmas)} noise levels given, the network has {network.n_sigmas}")
+    s, sample = Settings(**settings), Sample(u, mask, width)
+    held_out = None if validation is None else Sample(*validation).rows(slice(HELD_OUT_EVENTS))
+    _check(network, sample, sigmas, s, held_out)
+    steps, sigma = s.steps_for(len(u)), torch.as_tensor(sigmas, dtype=u.dtype, device=u.device)
+    weights = s.level_weights or [1 / len(sigma)] * len(sigma)
+    terms_on = {"dsm": s.dsm, "level_weights": s.multi_scale * sigma.new_tensor(weights) if s.multi_scale else None,
+                "l2": s.l2, "parameters": list(network.parameters())}
     score_of = energy_and_score or network.energy_and_score
-    sigma = torch.as_tensor(sigmas, dtype=u.dtype, device=u.device)
-    weights = None if level_weights is None else torch.as_tensor(level_weights, dtype=u.dtype, device=u.device)
-    parameters = list(network.parameters())
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator(device=u.device).manual_seed(seed)
-    batches = _batches(len(u), batch_size, generator)
-    history, recent, started = History(), [], time.perf_counter()
+    run = Run(network.parameters(), s.seed, u.device)
+    about = {}
+    if checkpoint:
+        about = asdict(s) | {
+            "sigmas": list(sigmas), "record_every": record_every, "first weights": digest(run.parameters),
+            "data": digest([*sample, *(held_out or ())]), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "device": str(u.device)}
+        if checkpoint.exists() and not resume:
+            raise DataError(f"{checkpoint}: there is a checkpoint already: resume it or name another place")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            run.read(checkpoint, about)
+    recent, started = [], time.perf_counter() - run.history.seconds
 
     with _progress(progress) as bar:
-        task = bar.add_task("training", total=steps, loss="")
-        for step in range(1, steps + 1):
-            rows = next(batches)
-            k = torch.randint(len(sigma), rows.shape, generator=generator, device=u.device)
-            noise = torch.randn(len(rows), u.shape[1], generator=generator, device=u.device, dtype=u.dtype)
-            loss = dsm_loss(score_of, u[rows], k, noise, sigma, mask=None if mask is None else mask[rows],
-                            level_weights=weights, l2=l2, parameters=parameters)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            # The average forgets its random start quickly, then settles at the asked-for decay.
-            decay = min(ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            recent.append(loss.detach())
-            if step % record_every == 0 or step == steps:
-                value = float(torch.stack(recent).mean())
-                if not math.isfinite(value):
-                    raise RuntimeError(f"the loss is {value} at step {step}: lower the learning rate (now {lr})")
-                history.steps.append(step)
-                history.train_loss.append(value)
+        task = bar.add_task("training", total=steps, completed=run.step, loss="")
+        while not run.done(steps, s.patience):
+            run.step += 1
+            batch = sample.rows(run.rows(len(u), s.batch_size))
+            k = torch.randint(len(sigma), batch.u.shape[:1], generator=run.generator, device=u.device)
+            noise = torch.randn(batch.u.shape, generator=run.generator, device=u.device, dtype=u.dtype)
+            terms = loss_terms(score_of, batch.dequantised(run.generator), k, noise, sigma, mask=batch.mask, **terms_on)
+            run.update(sum(terms.values()), s.lr_at(run.step, steps), s.ema)
+            recent.append(torch.stack(list(terms.values())).detach())
+            if run.step % record_every == 0 or run.step == steps:
+                run.record(dict(zip(terms, torch.stack(recent).mean(0).tolist())))
                 recent.clear()
-                if validation is not None:
-                    with _weights(parameters, average):
-                        per_level = held_out_losses(score_of, *validation, sigma)
-                    history.held_out_loss.append(float(np.mean(per_level)))
-                    history.held_out_per_level = per_level
-                bar.update(task, loss=f"loss {value:.2f}")
+                if held_out is not None:
+                    with run.averaged():
+                        run.compare(held_out_losses(score_of, *held_out[:2], sigma, width=held_out.width), s.patience)
+                run.history.seconds = time.perf_counter() - started
+                if checkpoint:
+                    run.write(checkpoint, about)
+                bar.update(task, loss=f"loss {run.history.train_loss[-1]:.2f}")
             bar.advance(task)
-    with torch.no_grad():
-        for p, a in zip(parameters, average, strict=True):
-            p.copy_(a)
-    history.seconds = time.perf_counter() - started
-    return history
+    run.finish()
+    return run.history
 
 
 @torch.no_grad()
-def held_out_losses(energy_and_score: EnergyAndScore, u: Tensor, mask: Tensor | None, sigmas: Tensor,
-                    seed: int = 0) -> list[float]:
+def held_out_losses(energy_and_score: EnergyAndScore, u: Tensor, mask: Tensor | None, sigmas: Tensor, seed: int = 0,
+                    width: Tensor | None = None) -> list[float]:
     """L_DSM(sigma_i) of every level with one fixed draw of noise, on at most the first 4096 events."""
-    u, mask = u[:_HELD_OUT_EVENTS], None if mask is None else mask[:_HELD_OUT_EVENTS]
+    sample = Sample(u, mask, width).rows(slice(HELD_OUT_EVENTS))
     generator = torch.Generator(device=u.device).manual_seed(seed)
-    noise = torch.randn(u.shape, generator=generator, device=u.device, dtype=u.dtype)
+    noise = torch.randn(sample.u.shape, generator=generator, device=u.device, dtype=u.dtype)
+    u = sample.dequantised(generator)
     levels = (torch.full((len(u),), k, device=u.device) for k in range(len(sigmas)))
-    return [float(dsm_errors(energy_and_score, u, k, noise, sigmas, mask).mean()) for k in levels]
+    return [float(dsm_errors(energy_and_score, u, k, noise, sigmas, sample.mask).mean()) for k in levels]
 
 
-def train_score_model(model: nn.Module, X_train: np.ndarray | Tensor, sigmas: Sequence[float], n_epochs: int = 500,
-                      lr: float = 1e-3, batch_size: int = 512) -> tuple[nn.Module, list[float]]:
-    """Train an EnergyNetwork or ScoreNetwork on preprocessed events (n, D): the model and its loss per epoch.
-
-    The noise levels are those of the model, descending.
-    """
-    u = torch.as_tensor(X_train, dtype=torch.float32)
-    per_epoch = max(1, len(u) // batch_size)
-    history = train(model, u, sigmas, steps=n_epochs * per_epoch, lr=lr, batch_size=batch_size,
-                    record_every=per_epoch)
-    return model, history.train_loss
-
-
-def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of equally large batches: every event once per epoch, but for an incomplete last batch."""
-    size = min(size, n)
-    while True:
-        order = torch.randperm(n, generator=generator, device=generator.device)
-        yield from order[:n - n % size].split(size)
-
-
-class _weights:
-    """Within the block, the parameters have other values."""
-
-    def __init__(self, parameters: list[Tensor], values: list[Tensor]):
-        self.parameters, self.values = parameters, values
-
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for p, v in zip(self.parameters, self.values, strict=True):
-                kept = p.detach().clone()
-                p.copy_(v)
-                v.copy_(kept)
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
+def _check(network: nn.Module, sample: Sample, sigmas: Sequence[float], s: Settings, held_out: Sample | None) -> None:
+    u, descending = sample.u, np.asarray(sigmas, dtype=float)
+    if u.ndim != 2 or len(u) == 0 or u.shape[1] != network.input_dim:
+        raise ValueError(f"expected events of shape (n, {network.input_dim}) with n > 0, given {tuple(u.shape)}")
+    for name in ("mask", "width"):
+        t = getattr(sample, name)
+        if t is not None and t.shape != u.shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {tuple(u.shape)} as the events")
+    if not torch.isfinite(u).all():
+        bad = int((~torch.isfinite(u)).any(1).sum())
+        raise ValueError(f"{bad} of {len(u)} events have a feature that is not finite")
+    if sample.mask is not None and not sample.mask.any():
+        raise ValueError(f"the mask leaves no feature of the {len(u)} events to learn from")
+    if len(sigmas) != network.n_sigmas:
+        raise ValueError(f"{len(sigmas)} noise levels given, the network has {network.n_sigmas}")
+    if (descending <= 0).any() or (np.diff(descending) >= 0).any():
+        raise ValueError(f"noise levels must be positive and descend, given {tuple(sigmas)}")
+    if s.level_weights is not None and len(s.level_weights) != len(sigmas):
+        raise ValueError(f"{len(s.level_weights)} level weights given, the network has {len(sigmas)} levels")
+    if s.patience and held_out is None:
+        raise ValueError("patience needs held-out events: give validation")
 
 
 def _progress(show: bool | None):

@@ -272,8 +272,8 @@ def hopper(x, k, energy, score, flag, tiles, b_in, b, w_out, table, b_out, thres
     """x (n, D) -> energy (n, levels) at levels first_level, ..., score (n, D) and flag (n,) of the only level.
 
     `k` (n,) has one level per event, or is None; so are `score` and `flag` where they are not wanted. `tiles` describes
-    the weights as `hopper.pack` lays them out, in tiles of ROWS x H; PACKED values of silu' share a word, or are in half
-    precision where that is 1.
+    the weights as `hopper.pack` lays them out, in tiles of ROWS x H; PACKED values of silu' share a word, or are in
+    half precision where that is 1.
     """
     UP: gl.constexpr = (D_PAD + LAYERS * H) // ROWS
     ring = gl.allocate_shared_memory(HALF, [RING, ROWS, H], tiles.layout)

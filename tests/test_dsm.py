@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ebm.baselines import build_autoencoder, train_autoencoder
-from ebm.dsm import dsm_errors, dsm_loss, geometric_sigmas, held_out_losses, train, train_score_model
-from ebm.events import Schema
-from ebm.metrics import auroc, compute_anomaly_scores
+from ebm.dsm import Sample, dsm_errors, dsm_loss, geometric_sigmas, held_out_losses, train
+from ebm.metrics import auroc
 from ebm.networks import Autoencoder, EnergyNetwork, ScoreNetwork
-from ebm.preprocess import Preprocessing
-from ebm.train import tensors
+from ebm.scores import compute_anomaly_scores
+from ebm.train import train_score_model
 
 SIGMAS = geometric_sigmas(3, 1.0, 0.25)
 
@@ -106,10 +104,22 @@ def test_second_term():
     size = sum(p.square().sum() for p in n.parameters())
     total = dsm_loss(n.energy_and_score, u, k, noise, sigmas, level_weights=w, l2=0.01, parameters=list(n.parameters()))
     torch.testing.assert_close(total, per_level.mean() + (w * per_level).sum() + 0.01 * size)
-    plain = train(network(), gaussian(64, 4), SIGMAS, steps=3)
-    assert train(network(), gaussian(64, 4), SIGMAS, steps=3, l2=0.1).train_loss[0] > plain.train_loss[0]
-    assert train(network(), gaussian(64, 4), SIGMAS, steps=3, level_weights=[1, 1, 1]).train_loss[0] > \
-        2 * plain.train_loss[0]
+
+
+def test_terms_are_switched_and_logged():
+    def terms(**weights):
+        return train(network(), gaussian(64, 4), SIGMAS, steps=3, record_every=2, **weights)
+
+    plain, all_on = terms(), terms(dsm=2.0, multi_scale=0.5, l2=0.1)
+    assert list(plain.terms) == ["dsm"]
+    assert list(all_on.terms) == ["dsm", "multi_scale", "l2"]
+    assert plain.steps == all_on.steps == [2, 3]
+    np.testing.assert_allclose(np.sum(list(all_on.terms.values()), axis=0), all_on.train_loss, rtol=1e-6)
+    even = terms(dsm=0.0, multi_scale=1.0)  # all levels alike: the mean over levels, as L_DSM itself
+    assert list(even.terms) == ["multi_scale"]
+    np.testing.assert_allclose(even.train_loss, plain.train_loss, rtol=1e-6)
+    last = terms(dsm=0.0, multi_scale=1.0, level_weights=(0.0, 0.0, 1.0))
+    assert last.train_loss[0] != pytest.approx(plain.train_loss[0], rel=1e-3)
 
 
 def test_absent_features_have_no_noise_and_no_part_in_the_loss():
@@ -125,21 +135,6 @@ def test_absent_features_have_no_noise_and_no_part_in_the_loss():
     assert torch.equal(seen[0][~mask], u[~mask])
     assert (seen[0][mask] != u[mask]).all()
     torch.testing.assert_close(errors, ((3.0 * SIGMAS[0] + noise).square() * mask).sum(1))
-
-
-@pytest.mark.parametrize("marker", [None, -999.0])
-def test_padding_is_masked_and_marked_values_are_noised(marker):
-    x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
-    absent = np.nan if marker is None else marker
-    x[::2, 1], x[:, 2] = absent, 4.0
-    schema = Schema("test", ("a", "b", "constant"), ("",) * 3, marker)
-    with pytest.warns(UserWarning, match="constant"):
-        p = Preprocessing.fit(x, schema)
-    u, mask = tensors(p, x, schema)
-    assert torch.isfinite(u).all()
-    assert mask[:, 0].all()
-    assert not mask[:, 2].any()
-    assert mask[:, 1].tolist() == [i % 2 == 1 or marker is not None for i in range(100)]
 
 
 def test_sign_energy_rises_outward_and_score_points_inward():
@@ -211,25 +206,40 @@ def test_train_score_model(cls):
     assert isinstance(model, cls)
     assert len(losses) == 15
     assert losses[-1] < losses[0]
-    for method in ("energy", "score_norm"):
+    for method in ("energy", "score_norm", "mean", "max", "log_mean_exp"):
         assert compute_anomaly_scores(model, gaussian(10, 4).numpy(), SIGMAS, method).shape == (10,)
-    with pytest.raises(ValueError, match="score_norm"):
-        compute_anomaly_scores(model, gaussian(10, 4).numpy(), SIGMAS, "likelihood")
+    for n in (1, 3):  # fewer events than a batch, down to one
+        _, losses = train_score_model(network(cls), gaussian(n, 4), SIGMAS, n_epochs=3)
+        assert np.isfinite(losses).all()
 
 
-def test_train_autoencoder():
-    x = gaussian(400, 3).numpy() @ np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
-    model, losses = train_autoencoder(build_autoencoder(12, 4), x, n_epochs=20, batch_size=64)
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] / 2
-    assert compute_anomaly_scores(model, x, SIGMAS).shape == (400,)
-    with pytest.raises(ValueError, match=r"\(n, 12\)"):
-        train_autoencoder(model, x[:, :5])
+def test_every_event_is_used_equally_often():
+    """Once per epoch; where a batch is larger than the sample, as often as any other, give or take one."""
+    seen = []
+
+    def of_rows(v, k):
+        seen.append(v[:, 0].round().long())
+        return None, (v * 0).requires_grad_()
+
+    for n, batch, steps in ((10, 5, 4), (3, 8, 6)):
+        seen.clear()
+        u = torch.arange(n, dtype=torch.float32)[:, None] * 10
+        train(network(d=1), u, (1e-4, 1e-5, 1e-6), batch_size=batch, steps=steps, energy_and_score=of_rows)
+        counts = torch.bincount(torch.cat(seen) // 10, minlength=n)
+        assert sum(map(len, seen)) == batch * steps
+        assert counts.max() - counts.min() <= (0 if n > batch else steps)
+        assert counts.min() > 0
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"u": torch.zeros(0, 4)}, "n > 0"), ({"steps": 0}, "steps"), ({"sigmas": (1.0, 0.5)}, "2 noise levels"),
-    ({"mask": torch.ones(3, 4)}, "mask"),
+    ({"u": torch.zeros(0, 4)}, "n > 0"), ({"u": torch.zeros(5, 3)}, r"\(n, 4\)"), ({"steps": 0}, "steps is 0"),
+    ({"sigmas": (1.0, 0.5)}, "2 noise levels"), ({"sigmas": (0.5, 1.0, 2.0)}, "descend"),
+    ({"sigmas": (1.0, 0.5, 0.0)}, "positive"), ({"mask": torch.ones(3, 4)}, "mask has shape"),
+    ({"width": torch.ones(10, 3)}, "width has shape"), ({"mask": torch.zeros(10, 4, dtype=bool)}, "no feature"),
+    ({"u": torch.full((10, 4), float("nan"))}, "10 of 10 events"), ({"lr": 0.0}, "lr above 0"),
+    ({"lr": float("nan")}, "lr is nan"), ({"ema": 1.0}, "ema below 1"), ({"dsm": 0.0}, "no term"),
+    ({"l2": -1.0}, "l2 is -1.0"), ({"batch_size": 0}, "batch_size is 0"), ({"patience": 100}, "validation"),
+    ({"level_weights": (1.0, 2.0)}, "2 level weights"), ({"level_weights": (1.0, -2.0, 0.0)}, "level_weights is"),
 ])
 def test_bad_arguments(change, message):
     arguments = {"u": gaussian(10, 4), "sigmas": SIGMAS, "steps": 2} | change
@@ -238,5 +248,12 @@ def test_bad_arguments(change, message):
 
 
 def test_a_diverging_loss_is_said():
-    with pytest.raises(RuntimeError, match="learning rate"):
-        train(network(), torch.full((10, 4), float("inf")), SIGMAS, steps=2)
+    with pytest.raises(RuntimeError, match=r"diverged; lower the learning rate"):
+        train(network(), gaussian(10, 4), SIGMAS, steps=50, lr=1e30)
+
+
+def test_a_sample_is_cut_as_one():
+    part = Sample(gaussian(6, 2), None, torch.ones(6, 2)).rows(torch.tensor([4, 1]))
+    assert torch.equal(part.u, gaussian(6, 2)[[4, 1]])
+    assert part.mask is None
+    assert part.width.shape == (2, 2)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ebm import higgsml
 from ebm.__main__ import app
+from ebm.baselines import baselines
 from ebm.bundle import Bundle
 from ebm.events import load_events, split
 from ebm.threshold import calibrate
@@ -126,7 +127,7 @@ def test_evaluate(trained, tmp_path):
     assert "test folds" in result.stdout
     assert "not: it takes 10,000" in result.stdout.replace("is not", "not")
     r = json.loads((tmp_path / "e.json").read_text())
-    assert list(r["detectors"]) == ["energy", "|x|", "n_missing", "HT", "isolation forest"]
+    assert list(r["detectors"]) == ["energy", *(b.name for b in baselines(load_events(TOY).schema))]
     events = load_events(TOY)
     test = split(events).test
     assert (r["n_signal"], r["n_background"]) == tuple(int((events.label[test] == c).sum()) for c in (1, 0))
@@ -139,8 +140,9 @@ def test_evaluate(trained, tmp_path):
     assert r["flag"]["background"]["n"] == r["n_background"]
     assert sum(s["n_background"] for s in r["multiplicity"]["strata"]) == r["n_background"]
     assert "test folds" in run("evaluate", trained[0], "toy:1500").stdout  # shares events with toy:2000
-    low, high = r["energy_minus_isolation_forest"]["interval"]
-    assert low <= r["energy_minus_isolation_forest"]["auroc"] <= high
+    assert list(r["energy_minus"]) == list(r["detectors"])[1:]
+    for difference in r["energy_minus"].values():
+        assert difference["interval"][0] <= difference["auroc"] <= difference["interval"][1]
 
 
 def test_higgsml_from_end_to_end(higgs, tmp_path):
@@ -152,7 +154,7 @@ def test_higgsml_from_end_to_end(higgs, tmp_path):
     same = run("evaluate", tmp_path / "m", higgs)
     assert same.exit_code == 0, same.output
     assert "test folds" in same.stdout
-    other = rewritten(higgs, tmp_path / "other.csv", lambda i, row: row if i == 0 else [f"7{row[0]}", *row[1:]])
+    other = rewritten(higgs, tmp_path / "other.csv", lambda i, row: row if i == 0 else [f"7000{row[0]}", *row[1:]])
     result = run("evaluate", tmp_path / "m", other, "--json", tmp_path / "e.json")
     assert "all events" in result.stdout
     assert json.loads((tmp_path / "e.json").read_text())["n_background"] == 150

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from ebm.events import DataError
-from ebm.threshold import calibrate, events_needed, largest_rank
+from ebm.events import DataError, Events, Schema
+from ebm.threshold import (
+    ClassThresholds,
+    Threshold,
+    calibrate,
+    calibrate_by,
+    events_needed,
+    largest_rank,
+    prescale_for,
+    trigger_rate,
+)
 
 
 @pytest.mark.parametrize(("n", "rank"), [(29_955, 0), (29_956, 1), (100_000, 5), (1_000_000, 84)])
@@ -83,14 +92,126 @@ def test_bad_rate(rate, confidence):
         calibrate(np.arange(10.0), rate, confidence)
 
 
-def test_coverage_by_simulation():
-    """In at least 95% of repetitions the true rate is within the asked one; the heavy tail does not matter."""
-    rng, rate, repetitions = np.random.default_rng(0), 0.01, 1000
-    within = 0
-    for _ in range(repetitions):
-        t = calibrate(rng.pareto(1.5, 1000).astype(np.float32), rate)
-        true_rate = (1 + t.energy) ** -1.5
-        within += true_rate <= rate
-    nominal = beta.cdf(rate, t.rank, 1001 - t.rank)
-    assert nominal >= 0.95
-    assert within / repetitions == pytest.approx(nominal, abs=4 * np.sqrt(0.05 * 0.95 / repetitions))
+def test_equal_weights_change_nothing():
+    energies = np.random.default_rng(0).normal(size=40_000)
+    assert calibrate(energies, weights=np.full(40_000, 0.3)) == calibrate(energies)
+    assert calibrate(energies, weights=None).n_eff is None
+
+
+def test_the_weighted_law_is_the_unweighted_one_for_nearly_equal_weights():
+    energies = np.random.default_rng(0).normal(size=100_000)
+    weights = np.ones(100_000)
+    weights[0] += 1e-9
+    with pytest.warns(UserWarning, match="count as 100000 where the threshold is, guarantee no rate"):
+        weighted = calibrate(energies, weights=weights)
+    plain = calibrate(energies)
+    assert (weighted.energy, weighted.rank) == (plain.energy, plain.rank)
+    assert weighted.upper_bound == pytest.approx(plain.upper_bound)
+    assert weighted.expected_rate == pytest.approx(plain.expected_rate)
+    assert not weighted.guaranteed
+
+
+@pytest.mark.filterwarnings("ignore:.*weighted background events")
+def test_weights_move_the_threshold():
+    rng = np.random.default_rng(0)
+    energies = rng.standard_exponential(50_000)
+    light = calibrate(energies, 0.01, weights=np.where(energies > 3, 0.1, 1))
+    heavy = calibrate(energies, 0.01, weights=np.where(energies > 3, 10.0, 1))
+    plain = calibrate(energies, 0.01)
+    assert light.energy < plain.energy < heavy.energy
+    assert light.upper_bound <= 0.01
+    # A weight that is not there, and another order of events that are equal, change nothing.
+    weights = rng.integers(1, 5, 50_000).astype(float)
+    coarse = np.round(energies, 1)
+    order = rng.permutation(50_000)
+    t = calibrate(coarse, 0.01, weights=weights)
+    assert calibrate(coarse[order], 0.01, weights=weights[order]) == t
+    more = calibrate(np.append(coarse, 99.0), 0.01, weights=np.append(weights, 0.0))
+    assert (more.energy, more.n_background) == (t.energy, 50_001)
+
+
+@pytest.mark.filterwarnings("ignore:.*weighted background events")
+def test_negative_weights_lower_no_bound():
+    """The lower the threshold the higher the bound, though the sum of weights above it falls in between."""
+    energies = np.arange(5000.0)
+    weights = np.where(energies % 3 == 0, -1.0, 1.0)
+    weights[4940:4960] = -1.0
+    rates = np.geomspace(0.01, 0.5, 50)
+    found = [calibrate(energies, rate, weights=weights) for rate in rates]
+    assert all(t.upper_bound <= rate for t, rate in zip(found, rates))
+    assert found[0].energy >= 4960 > 4940 > found[-1].energy
+    assert (np.diff([t.energy for t in found]) <= 0).all()
+    assert (np.diff([t.upper_bound for t in found]) >= 0).all()
+    in_effect = [t.rank_eff / t.n_eff * weights.sum() for t in found]
+    assert in_effect == pytest.approx([np.cumsum(weights[::-1])[: t.rank].max() for t in found])
+    top = np.where(energies > 4998, -1.0, 1.0)
+    known = calibrate(energies, 0.01, weights=top)
+    assert 4900 < known.energy < 4999
+    nothing = calibrate(energies[:2], 0.01, weights=np.array([3.0, -1.0]))
+    assert (nothing.energy, nothing.upper_bound, nothing.rank) == (1.0, 1.0, 1)
+
+
+def test_too_few_weighted_events():
+    with pytest.warns(UserWarning, match="299 are needed"):
+        t = calibrate(np.arange(100.0), 0.01, weights=np.arange(1, 101.0))
+    assert (t.energy, t.guaranteed) == (99.0, False)
+    assert t.upper_bound > 0.01
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ([1.0, 1.0], "one weight for each of 3"), ([1.0, -1.0, 0.0], "sum to 0"), ([1.0, np.nan, 1.0], "finite"),
+    ([np.inf, 1.0, 1.0], "finite"), ([-1.0, -1.0, -1.0], "positive sum"), ([[1.0], [1.0], [1.0]], "one weight"),
+])
+def test_bad_weights(weights, message):
+    with pytest.raises(DataError, match=message):
+        calibrate(np.arange(3.0), 0.5, weights=np.array(weights))
+
+
+def test_classes_are_joined_until_they_can_guarantee():
+    rng = np.random.default_rng(0)
+    jets = np.repeat([0.0, 1.0, 2.0, 3.0, 4.0], [40, 300, 1000, 250, 100])  # 299 are needed
+    energies = rng.normal(size=len(jets)) + jets
+    by = calibrate_by("n_jets", jets, energies, 0.01)
+    assert by.lowest == (0.0, 2.0, 3.0)
+    assert [t.n_background for t in by.thresholds] == [340, 1000, 350]
+    assert all(t.guaranteed for t in by.thresholds)
+    assert by.thresholds[1] == calibrate(energies[jets == 2], 0.01)
+    with pytest.warns(UserWarning, match="299 are needed"):
+        few = calibrate_by("n_jets", jets[:100], energies[:100], 0.01)
+    assert (few.lowest, few.thresholds[0].guaranteed) == ((0.0,), False)
+
+
+def test_each_event_meets_the_threshold_of_its_class():
+    schema = Schema("s", ("pt", "n_jets"), ("GeV", ""))
+    t = [Threshold(e, 0.01, 0.95, 1, 300, 0.01, True, 0) for e in (1.0, 5.0)]
+    by = ClassThresholds("n_jets", (1.0, 3.0), tuple(t))
+    jets = np.array([0, 1, 2, 3, 9, 2, 3], np.float32)
+    events = Events(schema, np.stack([np.zeros(7, np.float32), jets], 1), np.arange(7).astype(str))
+    energy = np.array([2, 1, 1.5, 4, 6, 0, 5], np.float32)
+    assert by.flag(events, energy).tolist() == [True, False, True, False, True, False, False]
+    events.x[3, 1] = np.nan
+    with pytest.raises(DataError, match="n_jets is missing in 1 of 7"):
+        by.flag(events, energy)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ([1.0], "one value of n_jets per energy"), ([1.0, np.nan, 2.0], "missing in 1 of 3"), ([], "per energy")])
+def test_bad_classes(values, message):
+    with pytest.raises(DataError, match=message):
+        calibrate_by("n_jets", np.array(values), np.arange(3.0 if values else 0.0), 0.5)
+
+
+def test_trigger_rate_and_prescale():
+    t = calibrate(np.arange(100_000.0))
+    expected, at_most = trigger_rate(t)
+    assert expected == pytest.approx(40e6 * 5 / 100_001)
+    assert at_most == t.upper_bound * 40e6 <= 4000
+    assert trigger_rate(t, 1e5, 10) == pytest.approx((expected / 4000, at_most / 4000))
+    assert prescale_for(t, 1000) == int(np.ceil(at_most / 1000)) == 4
+    assert prescale_for(t, 1e9) == 1
+    assert trigger_rate(t, prescale=prescale_for(t, 1000))[1] <= 1000
+    for arguments in ((0.0,), (-1.0,), (np.inf,), (1e6, 0), (1e6, 1.5)):
+        with pytest.raises(ValueError, match="input rate"):
+            trigger_rate(t, *arguments)
+    with pytest.raises(ValueError, match="budget"):
+        prescale_for(t, 0)

@@ -1,0 +1,80 @@
+"""Pictures of an evaluation: significance improvement of the detectors, and what a cut does to a mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ebm.efficiency import Sample
+from ebm.sculpting import FEWEST
+from ebm.significance import sic_curve
+from ebm.style import BLUE, GREY, ORANGE, PURPLE, RED, VIOLET, figure, label, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POINTS = 2000  # of a curve: more cannot be seen
+
+
+def plot_sic(y: np.ndarray, scores: dict[str, np.ndarray], weights: np.ndarray | None = None) -> Figure:
+    """Significance improvement e_S / sqrt(e_B) against the background efficiency, a curve for each named score (n,),
+    the first one thick.
+
+    Raises ValueError as `sic_curve` does.
+    """
+    with styled():
+        fig = figure(8.2, 4.6)
+        ax = fig.subplots()
+        for i, (name, s) in enumerate(scores.items()):
+            e_b, _, sic = sic_curve(y, s, weights)
+            shown = np.unique(np.geomspace(1, max(len(sic), 1), _POINTS).astype(int)) - 1
+            shown = shown[shown < len(sic)]
+            look = {"color": (RED, BLUE, ORANGE, PURPLE, GREY, VIOLET)[i % 6], "linestyle": ("-", "--")[i // 6 % 2]}
+            ax.plot(e_b[shown], sic[shown], label=name, linewidth=1.2 if i else 2.4, **look)
+        ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.set_xscale("log")
+        ax.set_xlabel("background efficiency")
+        ax.set_ylabel(r"significance improvement $\epsilon_S / \sqrt{\epsilon_B}$")
+        fig.legend(loc="outside right upper")
+        return fig
+
+
+def plot_sculpting(variable: np.ndarray, scores: np.ndarray, cuts: Sequence[float], name: str,
+                   unit: str = "", bins: int = 25) -> Figure:
+    """The variable (n,) of all background and of what passes each cut, as shares, and below the ratio of the two.
+
+    Fewer than 10 events that pass are not shown; the bins at the ends hold what lies beyond.
+    Raises ValueError where the variable is NaN throughout.
+    """
+    known = ~np.isnan(variable)
+    variable, scores = variable[known], scores[known]
+    if len(variable) == 0:
+        raise ValueError(f"{name} is missing in every event")
+    edges = np.linspace(*np.quantile(variable, [0.001, 0.999]), bins + 1)
+    inside = np.clip(variable, edges[0], edges[-1])
+    sample, width, middle = Sample(scores, np.ones(len(scores))), np.diff(edges), (edges[1:] + edges[:-1]) / 2
+    of_all = np.histogram(inside, edges)[0]
+    with styled():
+        fig = figure(6.4, 5.4)
+        top, bottom = fig.subplots(2, sharex=True, height_ratios=(3, 1.3))
+        top.stairs(of_all / len(inside) / width, edges, fill=True, color=GREY, alpha=0.5, label="all background")
+        for cut, colour in zip(cuts, (BLUE, ORANGE, RED, PURPLE, VIOLET)):
+            passing = np.histogram(inside[scores > cut], edges)[0]
+            n, some = passing.sum(), passing > 0
+            if n < FEWEST:
+                continue
+            density, error = passing[some] / n, np.sqrt(passing[some]) / n
+            look = {"fmt": "o", "markersize": 3.5, "color": colour}
+            top.errorbar(middle[some], density / width[some], error / width[some], **look,
+                         label=f"most anomalous {sample.share(cut):.2g} ({n:,} events)")
+            expected = of_all[some] / len(inside)
+            bottom.errorbar(middle[some], density / expected, error / expected, **look)
+        bottom.axhline(1, color="black", linewidth=0.8)
+        bottom.set_ylim(0, 3)
+        bottom.set_xlabel(label(name, unit))
+        bottom.set_ylabel("ratio to all")
+        top.set_ylabel(f"share of events per {unit or 'unit'}")
+        top.legend()
+        return fig
