@@ -5,7 +5,9 @@ import pytest
 
 from ebm.events import DataError, fold, load_events
 from ebm.preprocess import Preprocessing
-from ebm.toy import PROCESSES, RESONANCE_MASS, SIGNALS, _decay, generate, toy
+from ebm.toy import BOSON_MASS, PROCESSES, RESONANCE_MASS, SIGNALS, generate, toy
+from ebm.toy_detector import decay
+from ebm.toy_random import Draws
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,46 @@ def test_processes_draw_apart():
     assert not np.array_equal(generate("qcd", 10, 0).x, generate("qcd", 10, 1).x, equal_nan=True)
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+def test_an_event_is_the_same_in_every_slice(process):
+    whole = generate(process, 5000, seed=2)
+    for start, n in ((0, 1), (1, 2), (7, 64), (1000, 333), (4097, 903)):
+        part = generate(process, n, seed=2, start=start)
+        np.testing.assert_array_equal(part.x, whole.x[start : start + n])
+        np.testing.assert_array_equal(part.event_id, whole.event_id[start : start + n])
+        assert part.digest != whole.digest
+
+
+def test_toys_of_two_sizes_share_their_events():
+    small, large = toy(400, 8), toy(4000, 80)
+    rows = dict(zip(large.event_id, large.x))
+    for event_id, x in zip(small.event_id, small.x):
+        np.testing.assert_array_equal(rows[event_id], x)
+
+
+def test_draws_have_the_distributions_they_name():
+    from scipy import stats
+
+    rng = Draws(0, 0, 0, 20_000)
+    for drawn, wanted in ((rng.random(rng.n), stats.uniform()), (rng.normal(3, 2, rng.n), stats.norm(3, 2)),
+                          (rng.cauchy(rng.n), stats.cauchy()),
+                          (rng.gamma(1.5, 1.6, rng.n), stats.gamma(1.5, scale=1.6)),
+                          (rng.uniform(-1, 4, (rng.n, 3))[:, 2], stats.uniform(-1, 5)),
+                          (rng.isotropic((rng.n, 2))[:, 1, 0], stats.uniform(-1, 2))):  # fmt: skip
+        assert stats.kstest(drawn, wanted.cdf).pvalue > 1e-3
+    counts = np.bincount(rng.poisson(np.full(rng.n, 4.0), 30), minlength=31)
+    np.testing.assert_allclose(counts[:10] / rng.n, stats.poisson(4).pmf(range(10)), atol=0.01)
+    assert rng.poisson(np.full(rng.n, 50.0), 10).max() == 10
+    first, second = rng.random(rng.n), rng.random(rng.n)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    assert not np.array_equal(Draws(0, 1, 0, 5).random(5), Draws(0, 0, 0, 5).random(5))
+
+
 def test_mixture():
-    events = toy(1000, 100)
+    events = toy(1000, 101)
     number = {process: (events.process == process).sum() for process in PROCESSES}
-    assert number == {"qcd": 800, "ttbar": 200, "dijet": 50, "soft": 50}
+    assert number == {"qcd": 700, "ttbar": 150, "wjets": 100, "zjets": 50, "dijet": 25, "soft": 25, "boosted": 25,
+                      "monojet": 26}  # fmt: skip
     np.testing.assert_array_equal(events.label == 1, np.isin(events.process, SIGNALS))
     assert len(set(events.event_id)) == len(events)
     assert all(event_id.split(":")[0] == "1" and event_id.count(":") == 2 for event_id in events.event_id)
@@ -73,7 +111,7 @@ def test_top_pairs(samples):
 def test_decays_conserve_four_momentum():
     p3 = np.random.default_rng(0).normal(0, 200, (1000, 3))
     top = np.column_stack([np.sqrt(172.5**2 + (p3**2).sum(axis=1)), p3])
-    products = _decay(np.random.default_rng(1), top, 4.8, 80.4)
+    products = decay(Draws(1, 0, 0, 1000), top, 4.8, 80.4)
     np.testing.assert_allclose(products.sum(axis=1), top, atol=1e-9)
     mass = np.sqrt(products[..., 0] ** 2 - (products[..., 1:] ** 2).sum(axis=2))
     np.testing.assert_allclose(mass, np.broadcast_to([4.8, 80.4], mass.shape), rtol=1e-6)
@@ -84,6 +122,39 @@ def test_resonance_peaks_at_its_mass(samples):
     counts, edges = np.histogram(m_jj[~np.isnan(m_jj)], np.arange(0, 4000, 100))
     assert edges[counts.argmax()] == pytest.approx(RESONANCE_MASS, rel=0.06)
     assert np.nanmedian(m_jj) == pytest.approx(RESONANCE_MASS, rel=0.12)
+
+
+def test_boosted_bosons_are_jets_of_their_mass(samples):
+    mass, m_jj = column(samples["boosted"], "jet1_mass"), column(samples["boosted"], "m_jj")
+    counts, edges = np.histogram(mass, np.arange(0, 400, 10))
+    assert edges[counts.argmax()] == pytest.approx(BOSON_MASS, abs=20)
+    assert np.median(mass) > 2 * np.median(column(samples["qcd"], "jet1_mass"))
+    assert np.nanmedian(m_jj) == pytest.approx(2000, rel=0.25)
+    assert column(samples["boosted"], "n_btag").mean() > 1.5
+
+
+def test_monojets_recoil_from_nothing(samples):
+    met, ht = column(samples["monojet"], "MET"), column(samples["monojet"], "ht")
+    assert np.median(met) > 200
+    assert np.median(met / ht) > 0.7
+    assert np.median(column(samples["monojet"], "n_lep")) == 0
+    jet = np.hypot(column(samples["monojet"], "obj0_px"), column(samples["monojet"], "obj0_py"))
+    assert np.corrcoef(jet, met)[0, 1] > 0.8
+
+
+def test_bosons_and_jets(samples):
+    w, z = samples["wjets"], samples["zjets"]
+    assert 0.5 < (column(w, "n_lep") == 1).mean() < 0.8
+    assert (column(w, "n_lep") > 1).mean() < 0.02
+    assert 0.1 < (column(z, "n_lep") == 2).mean() < 0.3
+    invisible = column(z, "n_lep") == 0
+    assert 0.6 < invisible.mean() < 0.85
+    assert np.median(column(z, "MET")[invisible]) > 2 * np.median(column(z, "MET")[~invisible])
+    two = (column(z, "n_lep") == 2) & (column(z, "n_jets") == 0)
+    assert np.median(column(z, "mvis")[two]) == pytest.approx(91.2, rel=0.03)
+    for events in (w, z):
+        counts, _ = np.histogram(column(events, "ht"), [100, 200, 400, 800])
+        assert (counts[1:] < counts[:-1]).all()
 
 
 def test_soft_events_are_many_soft_objects(samples):
@@ -117,3 +188,5 @@ def test_empty_and_wrong_requests():
         generate("susy", 1)
     with pytest.raises(DataError, match="-1 events"):
         generate("qcd", -1)
+    with pytest.raises(DataError, match="from event -2 on"):
+        generate("qcd", 1, start=-2)
