@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup demo triton-server clean help
+.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup serve demo triton-server clean help
 
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
@@ -36,8 +36,11 @@ setup: $(READY)  ## .venv with all extras
 
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,hep,test]"
+	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,hep,serve,test]"
 	touch $@
+
+serve: setup  ## the scoring service on the demo model, at http://127.0.0.1:8000
+	$(RUN) -m serve models/demo
 
 demo: setup  ## train the committed demo model again (toy events, seed 0: half a minute)
 	$(RUN) -m ebm train toy --out models/demo
