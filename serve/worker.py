@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -31,7 +32,8 @@ from serve.storage import Storage
 
 QUEUE, WORKFLOW = "score", "score_file"
 FORMAT = "1"  # of a job: workers of one format go on with each other's jobs
-POLL_S = 0.5
+GOING_ON = ["ENQUEUED", "PENDING"]
+POLL_S, SWEEP_S = 0.5, 5.0
 TRY_AGAIN = {"retries_allowed": True, "max_attempts": 6, "should_retry": lambda error: isinstance(error, OSError)}
 
 log = logging.getLogger("fused_ebm.serve")
@@ -49,7 +51,7 @@ def name_of(settings: Settings) -> str:
 
 
 def work(settings: Settings) -> None:
-    """Take jobs from the queue, in threads, from now on."""
+    """Take jobs from the queue, in threads, for ever."""
     database, storage = Database(settings.database_url), Storage(settings)
     database.create_tables()
 
@@ -75,10 +77,20 @@ def work(settings: Settings) -> None:
     DBOS.launch()
     DBOS.register_queue(QUEUE, worker_concurrency=settings.max_jobs, polling_interval_sec=POLL_S)
     client = client_of(database)
-    for job_id in storage.unfinished():  # cancelled while no worker ran, say
-        is_ours = database.job(job_id) is not None
-        if is_ours and not client.list_workflows(workflow_ids=[job_id], status=["ENQUEUED", "PENDING"]):
-            _remove(job_id, database, storage)
+    while True:
+        _sweep(client, database, storage)
+        time.sleep(SWEEP_S)
+
+
+def _sweep(client: DBOSClient, database: Database, storage: Storage) -> None:
+    """Remove what is left of jobs that are over: cancelled while no worker ran, or while dbos ended their last step."""
+    for job_id in storage.unfinished():
+        if _or_end(database.job, job_id) is None:  # another service's
+            continue
+        going_on = _or_end(lambda job_id=job_id: client.list_workflows(workflow_ids=[job_id], status=GOING_ON))
+        if not going_on:
+            with contextlib.suppress(RuntimeError), alone(storage.work(job_id)):  # one that still writes ends by itself
+                _remove(job_id, database, storage)
 
 
 def _score(job: sa.Row, chunk: int, s: Settings, database: Database, storage: Storage) -> None:
@@ -140,7 +152,6 @@ def main() -> None:
         except OSError:
             sys.exit(f"another worker of {name_of(settings)} runs")  # whose jobs this one would take
         work(settings)
-        threading.Event().wait()
 
 
 if __name__ == "__main__":
