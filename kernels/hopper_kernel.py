@@ -251,8 +251,7 @@ def _group(x, k, energy, score, flag, b_in, b, w_out, table, b_out, threshold, n
 
 
 @gluon.jit
-def _stream(tiles, n, levels, ring, full, empty, TILES: gl.constexpr, ROWS: gl.constexpr,
-            RING: gl.constexpr):
+def _stream(tiles, n, levels, ring, full, empty, TILES: gl.constexpr, ROWS: gl.constexpr, RING: gl.constexpr):
     """All tiles of weights, in the order in which the groups want them, once for every 128 events and level."""
     ROUNDS: gl.constexpr = (TILES + RING - 1) // RING
     phase = 1
