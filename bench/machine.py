@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ebm import command
 from ebm.bundle import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,13 +50,7 @@ def steal_fraction(before: tuple[int, int] | None, after: tuple[int, int] | None
 
 def versions() -> dict[str, str | None]:
     """Versions of what takes part; None: not installed."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return command.versions(_PACKAGES)
 
 
 def limits(cores: int) -> dict[str, float | None]:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from platform import python_version
 from typing import BinaryIO
 
 import numpy as np
@@ -94,6 +96,17 @@ def plain(value: object) -> object:
         return [plain(v) for v in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of Python and of packages; None: not installed."""
+    found: dict[str, str | None] = {"python": python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def commit() -> str | None:

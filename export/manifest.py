@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 
 import numpy as np
 
 from ebm.bundle import Bundle
-from ebm.command import commit, plain
+from ebm.command import commit, plain, versions
 from ebm.events import DataError
 from ebm.preprocess import ASINH, LOG1P
 from export.score_graph import Options
@@ -41,7 +39,7 @@ def write(directory: Path, bundle: Bundle, options: Options, files: dict[str, di
               "energies": ["float32", ["batch", bundle.n_levels]]}
     document = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "command": command, "commit": commit(),
-        "versions": _versions(), "options": asdict(options),
+        "versions": versions(_PACKAGES), "options": asdict(options),
         "model": {"digest": bundle.digest, "kind": bundle.architecture.kind,
                   "files": {name: digest(directory / SOURCE / name) for name in ("model.json", "model.safetensors")}},
         "inputs": {"events": ["float32", ["batch", d]]},
@@ -161,16 +159,6 @@ def _errors(artefact: Path, x: np.ndarray, energy: np.ndarray, score: np.ndarray
                            f"{measured}, the tolerance of {scorer.precision} is {tolerance:.0e}")
     return {**errors, "worst_event": int(np.argmax(np.abs(its_energy - energy))), "precision": scorer.precision,
             "tolerance": tolerance, "device": scorer.device}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _save(path: Path, document: dict) -> None:
