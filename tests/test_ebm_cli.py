@@ -264,7 +264,7 @@ def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device", str(out))
 
-    monkeypatch.setattr("ebm.__main__.os.fsync", full)
+    monkeypatch.setattr("ebm.command.os.fsync", full)
     assert "No space left" in refused("score", trained[0], "toy:100", "--out", out)
     assert out.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["s.parquet"]
