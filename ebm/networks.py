@@ -32,7 +32,7 @@ class _Trunk(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, given {value}")
         self.input_dim, self.n_sigmas = input_dim, n_sigmas
-        self.default_level = n_sigmas // 2
+        self.default_level = 3 * n_sigmas // 4  # of 10 levels from 2 to 0.05: sigma = 0.11 (docs/defaults.md)
         self.input = nn.Linear(input_dim, hidden_dim)
         self.level = nn.Embedding(n_sigmas, hidden_dim)
         nn.init.normal_(self.level.weight, std=0.1)

@@ -12,9 +12,12 @@ from ebm.events import DataError, Schema
 IDENTITY, LOG1P, ASINH = 0, 1, 2
 TRANSFORMS = ("identity", "log1p", "asinh")
 
-# A non-negative column with more skewness than this is compressed by log1p, a signed one with more
-# kurtosis (a Gaussian has 3) by asinh: momenta and masses fall off as powers, angles do not.
-_SKEWNESS, _KURTOSIS = 2.0, 6.0
+# A column with a long tail is compressed: momenta and masses fall off as powers, angles and counts do not. asinh in
+# units of the median is linear for most values; log1p, which older models have, makes outliers of the smallest.
+LONG_TAIL = 6.0  # kurtosis; a Gaussian has 3
+FAR_OUT = 8.0  # standard deviations, of the farthest value
+FEW_VALUES = 32  # a count, or a category
+VALUES_LOOKED_AT = 20_000
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,9 @@ def apply_transform(x: np.ndarray, code: int, scale: np.ndarray | float) -> np.n
 def _choose_transform(values: np.ndarray) -> tuple[int, float]:
     z = values - values.mean()
     variance = np.mean(z**2)
-    if variance == 0 or len(np.unique(values[:1000])) <= 2:
+    if variance == 0 or len(np.unique(values[:VALUES_LOOKED_AT])) <= FEW_VALUES:
         return IDENTITY, 1.0
-    if values.min() >= 0:
-        skewness = np.mean(z**3) / variance**1.5
-        return (LOG1P if skewness > _SKEWNESS else IDENTITY), 1.0
-    kurtosis = np.mean(z**4) / variance**2
-    scale = float(np.median(np.abs(values)))
-    return (ASINH, scale) if kurtosis > _KURTOSIS and scale > 0 else (IDENTITY, 1.0)
+    if np.mean(z**4) <= LONG_TAIL * variance**2 and np.abs(z).max() <= FAR_OUT * variance**0.5:
+        return IDENTITY, 1.0
+    size = np.abs(values)
+    return ASINH, float(np.median(size) or size.mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-EPOCHS, FEWEST_STEPS, MOST_STEPS = 100, 2000, 6000  # of a training whose steps are not given
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 30, 500, 6000  # of a training whose steps are not given
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Settings:
     term only repeats the first; other v favour some scales over others).
     """
 
-    steps: int | None = 1000  # None: `EPOCHS` epochs, but at least FEWEST_STEPS and at most MOST_STEPS
-    batch_size: int = 512  # of fewer events each is taken several times, with different noise
-    lr: float = 1e-3  # Adam's; rises over `warmup` steps, then falls to 0 along a cosine
-    warmup: int = 0
+    steps: int | None = None  # None: `EPOCHS` epochs, but at least FEWEST_STEPS and at most MOST_STEPS
+    batch_size: int = 256  # of fewer events each is taken several times, with different noise
+    lr: float = 3e-3  # Adam's; rises over `warmup` steps, a fifth at most, and falls to 0 along a cosine
+    warmup: int = 100
     ema: float = 0.999  # decay of the average that the weights end as
     dsm: float = 1.0
     multi_scale: float = 0.0
@@ -50,5 +50,5 @@ class Settings:
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of one of `steps` steps, counted from 1."""
-        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+        rise = min(1.0, step / min(self.warmup, steps / 5)) if self.warmup else 1.0
         return self.lr * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2

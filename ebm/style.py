@@ -19,7 +19,7 @@ import numpy as np
 
 from ebm.command import whole_file
 from ebm.events import DataError
-from ebm.preprocess import ASINH, LOG1P
+from ebm.preprocess import IDENTITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +167,7 @@ def histogram(ax: Axes, feature: Feature, series: Sequence[Series]) -> None:
 
     values = [s.x[:, feature.column].astype(np.float64) for s in series]
     present = [v[~np.isnan(v)] for v in values]
-    bins, log_x = edges(present, feature.transform == LOG1P)
+    bins, log_x = edges(present, feature.transform != IDENTITY)
     for s, v, n in zip(series, present, map(len, values)):
         h = Hist(axis.Variable(bins)).fill(np.clip(v, bins[0], np.nextafter(bins[-1], -np.inf)))
         share, error = h.values() / max(n, 1), np.sqrt(h.values()) / max(n, 1)
@@ -182,7 +182,7 @@ def histogram(ax: Axes, feature: Feature, series: Sequence[Series]) -> None:
                         ha="right")
     if log_x:
         _log_axis(ax, bins)
-    elif feature.transform in (ASINH, LOG1P) and len(bins) > 4:
+    elif feature.transform != IDENTITY and len(bins) > 4:
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_yscale() == "linear":

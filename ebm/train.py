@@ -19,14 +19,13 @@ from ebm.dsm import HELD_OUT_EVENTS, EnergyAndScore, Sample, geometric_sigmas, t
 from ebm.events import DataError, Events, Schema, split
 from ebm.folds import check_apart, fingerprint
 from ebm.networks import EnergyNetwork, ensemble
-from ebm.preprocess import Preprocessing
+from ebm.preprocess import FEW_VALUES, VALUES_LOOKED_AT, Preprocessing
 from ebm.scores import standardise_levels
 from ebm.settings import Settings
 from ebm.threshold import calibrate
 
 RATE, CONFIDENCE = 1e-4, 0.95
-_FEWEST_VALUES, _MOST_VALUES = 3, 32  # of a feature that counts
-_VALUES_LOOKED_AT = 20_000
+_FEWEST_VALUES = 3  # of a feature that counts: two are a yes or no
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,9 @@ def counting(x: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
     Looks at the first 20,000 of background events x (n, D). Fewer are a yes or no, more as good as continuous.
     """
-    x = np.where(preprocessing.missing(x), np.nan, x)[:_VALUES_LOOKED_AT]
+    x = np.where(preprocessing.missing(x), np.nan, x)[:VALUES_LOOKED_AT]
     values = (np.unique(column[~np.isnan(column)]) for column in x.T)
-    return np.array([_FEWEST_VALUES <= len(v) <= _MOST_VALUES and bool((v == np.rint(v)).all()) for v in values])
+    return np.array([_FEWEST_VALUES <= len(v) <= FEW_VALUES and bool((v == np.rint(v)).all()) for v in values])
 
 
 def tensors(preprocessing: Preprocessing, x: np.ndarray, schema: Schema, counts: np.ndarray | None = None) -> Sample:

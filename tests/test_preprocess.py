@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ebm.events import DataError, Schema
-from ebm.preprocess import ASINH, IDENTITY, LOG1P, Preprocessing
+from ebm.preprocess import ASINH, IDENTITY, Preprocessing
 
 SCHEMA = Schema("test", ("angle", "pt", "px", "count"), ("rad", "GeV", "GeV", ""), missing_marker=-999.0)
 
@@ -17,11 +17,37 @@ def background(n=4000, seed=0):
 
 def test_transforms_follow_the_shape():
     p = Preprocessing.fit(background(), SCHEMA)
-    assert p.transform.tolist() == [IDENTITY, LOG1P, ASINH, IDENTITY]
-    assert p.scale[2] == pytest.approx(np.median(np.abs(background()[:, 2])), rel=1e-6)
+    assert p.transform.tolist() == [IDENTITY, ASINH, ASINH, IDENTITY]
+    np.testing.assert_allclose(p.scale[1:3], np.median(np.abs(background()[:, 1:3]), axis=0), rtol=1e-6)
     u = p(background().astype(np.float64))
     np.testing.assert_allclose(u.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(u.std(0), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "transform"), [
+    (lambda rng: rng.normal(size=4000), IDENTITY),
+    (lambda rng: rng.exponential(size=4000), ASINH),  # kurtosis 9
+    (lambda rng: np.append(rng.uniform(-1, 1, 3999), 9), ASINH),  # kurtosis 5, one value 15 standard deviations out
+    (lambda rng: np.minimum(rng.geometric(0.5, 4000), 30), IDENTITY),  # a count, as long as its tail is
+    (lambda rng: rng.integers(0, 2, 4000) * 1e6, IDENTITY),
+])
+def test_only_long_tails_are_compressed(shape, transform):
+    x = shape(np.random.default_rng(1)).astype(np.float32)[:, None]
+    assert Preprocessing.fit(x, Schema("test", ("x",), ("",))).transform[0] == transform
+
+
+def test_a_tail_above_a_median_of_zero_is_measured_by_its_mean():
+    x = np.maximum(np.random.default_rng(2).standard_t(2, 4000), 1)[:, None].astype(np.float32) - 1
+    p = Preprocessing.fit(x, Schema("test", ("x",), ("GeV",)))
+    assert p.transform[0] == ASINH
+    assert p.scale[0] == pytest.approx(x.mean(), rel=1e-6)
+
+
+def test_the_smallest_value_of_a_long_tail_is_no_outlier():
+    """HT = 0 where there is no jet: log1p put it 11 standard deviations below the mean."""
+    x = np.random.default_rng(3).lognormal(5, 1, (4000, 1)).astype(np.float32)
+    x[0] = 0
+    assert -3 < Preprocessing.fit(x, Schema("test", ("ht",), ("GeV",)))(x)[0, 0] < 0
 
 
 def test_values_are_float32_and_the_reference_uses_them():

@@ -25,10 +25,10 @@ def test_one_level(cls):
     n, u = network(cls), torch.from_numpy(U)
     with torch.no_grad():
         energy, score = zip(*(n.energy_and_score(u, torch.full((50,), k)) for k in range(3)))
-    np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS), energy[1], rtol=1e-6)  # its default level
+    np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS), energy[2], rtol=1e-6)  # its default level
     n.default_level = 0
     np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS), energy[0], rtol=1e-6)
-    np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS, "energy", level=2), energy[2], rtol=1e-6)
+    np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS, "energy", level=1), energy[1], rtol=1e-6)
     np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS, "score_norm"), score[2].norm(dim=1), rtol=1e-6)
     np.testing.assert_allclose(compute_anomaly_scores(n, U, SIGMAS, "score_norm", level=0), score[0].norm(dim=1),
                                rtol=1e-6)

@@ -48,9 +48,9 @@ def raw(n, seed=0):
 
 
 def test_steps_left_out_follow_the_number_of_events():
-    s = Settings(steps=None, batch_size=256)
-    assert s.steps_for(100) == 2000
-    assert s.steps_for(10_240) == 4000
+    s = Settings(batch_size=256)
+    assert s.steps_for(100) == 500
+    assert s.steps_for(10_240) == 1200
     assert s.steps_for(10**6) == 6000
     assert Settings(steps=7).steps_for(10**6) == 7
 
