@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup serve demo triton-server clean help
+.PHONY: bench gpu test test-full regress regress-baseline sanitize lint setup servers serve demo triton-server clean help
 
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
@@ -14,10 +14,10 @@ bench: setup  ## measure every backend beside its peers
 gpu:  ## everything about the kernel on an NVIDIA GPU (9 minutes; sets nothing up, needs numpy, torch and triton)
 	PYTHONPATH=. $(PYTHON) -m bench.gpu
 
-test: setup  ## a slice of every promise
+test: setup servers  ## a slice of every promise
 	$(RUN) -m pytest -m "not full"
 
-test-full: setup  ## the full matrices
+test-full: setup servers  ## the full matrices
 	$(RUN) -m pytest
 
 regress: setup  ## has a kernel become slower? (half a minute, on any machine)
@@ -38,6 +38,9 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --progress-bar on -e ".[bench,gpu,hep,serve,test]"
 	touch $@
+
+servers:  ## as root on Debian: PostgreSQL, Redis, promtool and Chromium for the tests, where they are missing
+	tests/debian-packages.sh
 
 serve: setup  ## the scoring service on the demo model, at http://127.0.0.1:8000
 	$(RUN) -m serve models/demo

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import huber_loss, mse_loss
 
 from ebm.events import Schema
 from ebm.networks import Autoencoder
@@ -18,6 +19,7 @@ from ebm.networks import Autoencoder
 _HT = ("ht", "PRI_jet_all_pt")
 _NEIGHBOUR_EVENTS = 20_000  # that the neighbours are looked for among: the search costs as many distances per event
 _AUTOENCODER_EVENTS = 2_000_000  # passes through an autoencoder, where 100 epochs are more
+_LOSSES = {"mse": mse_loss, "huber": huber_loss}
 
 
 class Baseline(Protocol):
@@ -153,17 +155,20 @@ class IsolationForest:
 
 
 class AutoencoderError:
-    """Mean squared reconstruction error of `build_autoencoder`, trained for 100 epochs (of many events, fewer)."""
+    """Mean squared reconstruction error of `build_autoencoder`, trained for 100 epochs (of many events, fewer).
 
-    def __init__(self, latent: int = 8, seed: int = 0):
-        self.name, self.latent, self.seed = f"autoencoder (latent {latent})", latent, seed
+    `loss` is what training minimises, one of `train_autoencoder`.
+    """
+
+    def __init__(self, latent: int = 8, seed: int = 0, loss: str = "mse"):
+        self.name, self.latent, self.seed, self.loss = f"autoencoder (latent {latent})", latent, seed, loss
 
     def fit(self, u: np.ndarray) -> AutoencoderError:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = build_autoencoder(u.shape[1], self.latent)
         epochs = max(1, min(100, _AUTOENCODER_EVENTS // len(u)))
-        self.model, _ = train_autoencoder(model, u, n_epochs=epochs, seed=self.seed)
+        self.model, _ = train_autoencoder(model, u, n_epochs=epochs, seed=self.seed, loss=self.loss)
         return self
 
     def score(self, u: np.ndarray, missing: np.ndarray) -> np.ndarray:
@@ -190,11 +195,14 @@ def build_autoencoder(input_dim: int = 64, latent_dim: int = 8) -> Autoencoder:
 
 
 def train_autoencoder(model: Autoencoder, X_train: np.ndarray | torch.Tensor, n_epochs: int = 100, lr: float = 1e-3,
-                      batch_size: int = 256, seed: int = 0) -> tuple[Autoencoder, list[float]]:
+                      batch_size: int = 256, seed: int = 0, loss: str = "mse") -> tuple[Autoencoder, list[float]]:
     """Minimise the mean squared error on preprocessed events (n, D) with Adam: the model and its loss per epoch.
 
+    `loss` "huber" takes the Huber loss instead, linear beyond one background spread, so that tails weigh less.
     Raises ValueError on events that cannot be trained on, RuntimeError where the loss diverges.
     """
+    if loss not in _LOSSES:
+        raise ValueError(f"loss is {loss!r}, expected {' or '.join(map(repr, _LOSSES))}")
     x = torch.as_tensor(X_train, dtype=torch.float32)
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != model.input_dim:
         raise ValueError(f"expected events of shape (n, {model.input_dim}) with n > 0, given {tuple(x.shape)}")
@@ -209,11 +217,11 @@ def train_autoencoder(model: Autoencoder, X_train: np.ndarray | torch.Tensor, n_
     for epoch in range(1, n_epochs + 1):
         total = torch.zeros((), dtype=torch.float64)
         for rows in torch.randperm(len(x), generator=generator).split(batch_size):
-            loss = (model(x[rows]) - x[rows]).square().mean()
+            value = _LOSSES[loss](model(x[rows]), x[rows])
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
-            total += loss.detach() * len(rows)
+            total += value.detach() * len(rows)
         losses.append(float(total) / len(x))
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"the loss is {losses[-1]} in epoch {epoch}: the training diverged; lower the learning "

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 EPOCHS, FEWEST_STEPS, MOST_STEPS = 30, 500, 6000  # of a training whose steps are not given
+SLOW, FAST, STEPS_TIMES_RATE = 1e-3, 3e-3, 1.5  # learning rates: few steps have to be long ones
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Settings:
 
     steps: int | None = None  # None: `EPOCHS` epochs, but at least FEWEST_STEPS and at most MOST_STEPS
     batch_size: int = 256  # of fewer events each is taken several times, with different noise
-    lr: float = 3e-3  # Adam's; rises over `warmup` steps, a fifth at most, and falls to 0 along a cosine
-    warmup: int = 100
+    lr: float | None = None  # Adam's; None: STEPS_TIMES_RATE / steps, but at least SLOW and at most FAST
+    warmup: int = 100  # steps over which the rate rises, a fifth of all at most; then it falls to 0 along a cosine
     ema: float = 0.999  # decay of the average that the weights end as
     dsm: float = 1.0
     multi_scale: float = 0.0
@@ -35,7 +36,8 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from {least}")
         for name in ("lr", "ema", "dsm", "multi_scale", "l2", "level_weights"):
             value = getattr(self, name)
-            if not all(math.isfinite(v) and v >= 0 for v in (value if name == "level_weights" else [value]) or ()):
+            given = () if value is None else value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(v) and v >= 0 for v in given):
                 raise ValueError(f"{name} is {value!r}, expected finite numbers from 0")
         if self.ema >= 1 or self.lr == 0:
             raise ValueError(f"expected lr above 0 and ema below 1, given {self.lr!r} and {self.ema!r}")
@@ -48,7 +50,11 @@ class Settings:
             return self.steps
         return min(max(EPOCHS * n // self.batch_size, FEWEST_STEPS), MOST_STEPS)
 
+    def lr_for(self, steps: int) -> float:
+        """The highest learning rate of a training of so many steps."""
+        return min(max(STEPS_TIMES_RATE / steps, SLOW), FAST) if self.lr is None else self.lr
+
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of one of `steps` steps, counted from 1."""
         rise = min(1.0, step / min(self.warmup, steps / 5)) if self.warmup else 1.0
-        return self.lr * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        return self.lr_for(steps) * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2

@@ -6,7 +6,7 @@ import torch
 
 from ebm import baselines as module
 from ebm import hep64, higgsml
-from ebm.baselines import baselines, build_autoencoder, train_autoencoder
+from ebm.baselines import AutoencoderError, baselines, build_autoencoder, train_autoencoder
 from ebm.events import Schema
 from ebm.metrics import auroc
 from ebm.preprocess import Preprocessing
@@ -107,3 +107,19 @@ def test_train_autoencoder():
             train_autoencoder(*bad)
     with pytest.raises(RuntimeError, match="diverged"):
         train_autoencoder(model, x, lr=1e30)
+
+
+def test_huber_loss():
+    u = np.array([[0.0] * 4, [0.5] * 4, [5.0] * 4], np.float32)
+    for loss, of in (("mse", lambda r: r**2), ("huber", lambda r: np.where(abs(r) <= 1, r**2 / 2, abs(r) - 0.5))):
+        torch.manual_seed(0)
+        model = build_autoencoder(4, 2)
+        with torch.no_grad():
+            residual = (model(torch.from_numpy(u)) - torch.from_numpy(u)).double().numpy()
+        _, losses = train_autoencoder(model, u, n_epochs=1, loss=loss)
+        assert losses == [pytest.approx(of(residual).mean(), rel=1e-6)]
+    with pytest.raises(ValueError, match="loss is 'l1', expected 'mse' or 'huber'"):
+        train_autoencoder(model, u, loss="l1")
+    u = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    mse, huber = (AutoencoderError(2, loss=loss).fit(u).score(u, u > 9) for loss in ("mse", "huber"))
+    assert not np.array_equal(mse, huber)
