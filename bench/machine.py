@@ -21,11 +21,9 @@ _PACKAGES = ("fused-ebm", "numpy", "torch", "numba", "triton", "onnx", "onnxscri
 
 def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory, caches, system."""
-    cpuinfo = _read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.M)
     return {
-        "cpu": model.group(1).strip() if model else platform.processor() or platform.machine(),
+        "cpu": command.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory.group(1)) / 2**20, 1) if memory else None,
         "caches": _caches(),

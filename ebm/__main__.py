@@ -2,7 +2,7 @@
 
 from ebm.commands import app
 
-from ebm.commands import model, look, study, benchmark  # noqa: F401  # isort: skip (the order of --help)
+from ebm.commands import model, look, report, study, benchmark  # noqa: F401  # isort: skip (the order of --help)
 
 if __name__ == "__main__":
     app(prog_name="python -m ebm")

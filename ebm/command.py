@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from typing import BinaryIO
 
 import numpy as np
@@ -100,13 +100,23 @@ def plain(value: object) -> object:
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Versions of Python and of packages; None: not installed."""
-    found: dict[str, str | None] = {"python": python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

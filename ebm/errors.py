@@ -128,12 +128,16 @@ def summary(numbers: dict) -> list[str]:
                 lines[-1] += "; " + ", ".join(f"{share:.0%} {name}" for name, share in n["processes"].items())
     if check := numbers.get("faithfulness"):
         i = check["removed"].index(HEADLINE) if HEADLINE in check["removed"] else -1
-        d = check["top_minus_random"][i]
-        lines.append(f"removing the {check['removed'][i]} features with the largest pulls lowers the energy of the "
-                     f"{check['n_events']:,} highest-scoring events by {check['drop']['largest pulls'][i]:.2f} "
-                     f"background spreads, random ones by {check['drop']['random'][i]:.2f}; difference {d['mean']:.2f} "
+        d, (top, random) = check["top_minus_random"][i], (check["drop"][k][i] for k in ("largest pulls", "random"))
+        lines.append(f"removing the {check['removed'][i]} features with the largest pulls {_moves(top)} the energy of "
+                     f"the {check['n_events']:,} highest-scoring events by {abs(top):.2f} background spreads, removing "
+                     f"random ones {_moves(random)} it by {abs(random):.2f}; difference {d['mean']:.2f} "
                      f"[{d['interval'][0]:.2f}, {d['interval'][1]:.2f}], larger in {d['better']:.0%} of events")
     return lines
+
+
+def _moves(drop: float) -> str:
+    return "raises" if drop < 0 else "lowers"
 
 
 def _checked(x: np.ndarray, y: np.ndarray | None, scores: np.ndarray, d: int) -> tuple:

@@ -17,6 +17,7 @@ from ebm.events import DataError, Events, fold, split
 from ebm.folds import trained_on
 from ebm.sculpting import resonance, sculpting
 from ebm.significance import HIGGSML_YIELDS, ams_of
+from ebm.style import progress
 from ebm.threshold import CROSSINGS, trigger_rate
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def evaluate(bundle: Bundle, events: Events, energies: Callable[[np.ndarray], np
     calibrated on some of these events only their test folds count, else every event. Events are counted; where they
     have weights, `weighted` has the weighted figures, and for HiggsML the AMS. `mass` names the resonance that the
     flag may shape, None: the first known one. `input_rate` (Hz) and `prescale` turn the flag's rate into Hz. Pictures
-    of the significance improvement and of that mass are written into the directory `pictures`.
+    of the ROC, the significance improvement and that mass are written into the directory `pictures`.
     Raises DataError without labels, or where signal or background is absent from the events that count.
     """
     name = events.source or "the data"
@@ -90,7 +91,7 @@ def _baselines(bundle: Bundle, events: Events, tested: np.ndarray, seen: bool) -
     for fitted, scored in fitted_on_tested_on:
         if not (fitted & background).any():
             raise DataError(f"{events.source}: too few background events to fit the simple detectors on")
-        for b in baselines(events.schema) if scored.any() else ():
+        for b in progress(baselines(events.schema), "fitting simple detectors") if scored.any() else ():
             scores[b.name][scored] = b.fit(u[fitted & background]).score(u[scored], missing[scored])
     return {name: s[tested] for name, s in scores.items()}
 
@@ -141,10 +142,10 @@ def _sculpting(bundle: Bundle, events: Events, energy: np.ndarray, mass: str | N
 
 
 def _pictures(events: Events, scores: dict[str, np.ndarray], shaped: dict) -> Pictures:
-    from ebm.plots import plot_sculpting, plot_sic
+    from ebm.plots import plot_roc, plot_sculpting, plot_sic
     from ebm.style import Pictures
 
-    figures = {"sic": plot_sic(events.label, scores)}
+    figures = {"roc": plot_roc(events.label, scores), "sic": plot_sic(events.label, scores)}
     if shaped:
         rows, j = events.label == 0, events.schema.features.index(shaped["feature"])
         figures[f"sculpting_{shaped['feature']}"] = plot_sculpting(

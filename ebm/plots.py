@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: significance improvement of the detectors, and what a cut does to a mass."""
+"""Pictures of an evaluation: ROC and significance improvement of the detectors, and what a cut does to a mass."""
 
 from __future__ import annotations
 
@@ -9,13 +9,40 @@ import numpy as np
 
 from ebm.efficiency import Sample
 from ebm.sculpting import FEWEST
-from ebm.significance import sic_curve
+from ebm.significance import LEAST, sic_curve
 from ebm.style import BLUE, GREY, ORANGE, PURPLE, RED, VIOLET, figure, label, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _POINTS = 2000  # of a curve: more cannot be seen
+
+
+def plot_roc(y: np.ndarray, scores: dict[str, np.ndarray], weights: np.ndarray | None = None) -> Figure:
+    """Background rejection 1 / e_B against the signal efficiency, a curve for each named score (n,), the first one
+    thick; shaded where fewer than 10 events of an unweighted background pass.
+
+    Raises ValueError as `sic_curve` does.
+    """
+    with styled():
+        fig = figure(8.2, 4.6)
+        ax = fig.subplots()
+        for i, (name, s) in enumerate(scores.items()):
+            e_b, e_s, _ = sic_curve(y, s, weights, least=1)
+            shown = _shown(len(e_b))
+            ax.plot(e_s[shown], 1 / e_b[shown], label=name, **_look(i))
+        chance = np.geomspace(1e-6, 1, 200)
+        ax.plot(chance, 1 / chance, color="black", linewidth=0.8, linestyle=":")
+        n = np.count_nonzero(np.asarray(y) == 0)
+        ax.axhspan(n / LEAST, 2 * n, color="0.92", zorder=0)
+        ax.text(0.99, 1.6 * n, f"fewer than {LEAST} background events pass", ha="right", va="top", fontsize=9)
+        ax.set_yscale("log")
+        ax.set_xlim(0, 1)
+        ax.set_ylim(1, 2 * n)
+        ax.set_xlabel(r"signal efficiency $\epsilon_S$")
+        ax.set_ylabel(r"background rejection $1 / \epsilon_B$")
+        fig.legend(loc="outside right upper")
+        return fig
 
 
 def plot_sic(y: np.ndarray, scores: dict[str, np.ndarray], weights: np.ndarray | None = None) -> Figure:
@@ -29,10 +56,8 @@ def plot_sic(y: np.ndarray, scores: dict[str, np.ndarray], weights: np.ndarray |
         ax = fig.subplots()
         for i, (name, s) in enumerate(scores.items()):
             e_b, _, sic = sic_curve(y, s, weights)
-            shown = np.unique(np.geomspace(1, max(len(sic), 1), _POINTS).astype(int)) - 1
-            shown = shown[shown < len(sic)]
-            look = {"color": (RED, BLUE, ORANGE, PURPLE, GREY, VIOLET)[i % 6], "linestyle": ("-", "--")[i // 6 % 2]}
-            ax.plot(e_b[shown], sic[shown], label=name, linewidth=1.2 if i else 2.4, **look)
+            shown = _shown(len(sic))
+            ax.plot(e_b[shown], sic[shown], label=name, **_look(i))
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set_xscale("log")
         ax.set_xlabel("background efficiency")
@@ -78,3 +103,14 @@ def plot_sculpting(variable: np.ndarray, scores: np.ndarray, cuts: Sequence[floa
         top.set_ylabel(f"share of events per {unit or 'unit'}")
         top.legend()
         return fig
+
+
+def _shown(n: int) -> np.ndarray:
+    """Which of a curve's n points are drawn: all of the first ones, where few events pass."""
+    shown = np.unique(np.geomspace(1, max(n, 1), _POINTS).astype(int)) - 1
+    return shown[shown < n]
+
+
+def _look(i: int) -> dict:
+    return {"color": (RED, BLUE, ORANGE, PURPLE, GREY, VIOLET)[i % 6], "linestyle": ("-", "--")[i // 6 % 2],
+            "linewidth": 1.2 if i else 2.4}

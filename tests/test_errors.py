@@ -200,7 +200,7 @@ def test_scorer_gives_units_processes_and_the_event_picture():
     assert any(t.get_text().startswith("MET: ") for t in fig.axes[1].get_yticklabels())
     assert any(t.get_text().endswith(" GeV") for t in fig.axes[0].get_yticklabels())
     assert sum(result.numbers["false_positives"]["processes"].values()) == pytest.approx(1)
-    assert result.numbers["sigma"] == scorer.bundle.sigmas[5]
+    assert result.numbers["sigma"] == scorer.bundle.sigmas[scorer.bundle.default_level]
     assert result.numbers["above_the_models_threshold"] == int((energy > scorer.threshold).sum())
     assert "candidate_3" not in result.figures
 

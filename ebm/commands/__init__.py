@@ -45,14 +45,20 @@ def load(data: str) -> Events:
 
 def open_model(model: Path, data: str, backend: str) -> tuple[Bundle, Events, Scorer]:
     """The model, the events, which must have its features, and the Scorer, whose choice is printed."""
+    bundle, scorer = open_scorer(model, backend)
+    events = load(data)
+    check_schema(bundle.schema, events.schema, model, data)
+    return bundle, events, scorer
+
+
+def open_scorer(model: Path, backend: str) -> tuple[Bundle, Scorer]:
+    """The model and its Scorer, whose choice is printed."""
     from kernels import load_scorer
 
     bundle = Bundle.load(model)
     scorer = load_scorer(bundle, backend)
-    events = load(data)
-    check_schema(bundle.schema, events.schema, model, data)
     print(f"backend: {scorer.name} on {scorer.device} ({scorer.chosen_because})")
-    return bundle, events, scorer
+    return bundle, scorer
 
 
 def check_pictures(out: Path, json_file: Path | None) -> None:

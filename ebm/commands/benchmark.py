@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebm.command import check_file, commit, one_sentence, whole_file
+from ebm.command import check_file, commit, one_sentence, processor, whole_file
 from ebm.commands import app, write_json
 from ebm.events import DataError
 
@@ -85,7 +83,7 @@ def run(folder: Path, out: Path, *, seeds: int = 3, workers: int | None = None, 
             if "error" in pieces.get((data.name, seed), {"error": "not yet computed"})]
     cores = len(os.sched_getaffinity(0))
     workers = max(1, min(workers or cores, len(todo)))
-    about = {"cpu": _processor(), "cores": cores, "workers": workers, "commit": commit()}
+    about = {"cpu": processor(), "cores": cores, "workers": workers, "commit": commit()}
     order = list(datasets)
 
     def write() -> dict:
@@ -171,11 +169,3 @@ def _in_short(computed: dict) -> str:
     best = max(others, key=others.get)
     seconds = sum(map(sum, computed["seconds"].values()))
     return f"AUROC of the energy {energy:.3f}, best of the others {best} {others[best]:.3f}; {seconds:.0f} s"
-
-
-def _processor() -> str:
-    try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        model = None
-    return model.group(1).strip() if model else platform.processor() or platform.machine()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,8 @@ import typer
 
 from ebm.bundle import Bundle, check_destination
 from ebm.command import check_device, check_file, one_sentence, plain, whole_file
-from ebm.commands import BackendName, Data, Model, app, load, open_model
-from ebm.events import DataError
+from ebm.commands import BackendName, Data, Model, app, load, open_model, open_scorer
+from ebm.events import DataError, Events, check_schema, iterate
 from ebm.settings import Settings
 
 
@@ -145,29 +146,39 @@ def score(
     """Write energy and flag of every event, in input order: event_id, energy (float32), flag (bool).
 
     flag = energy > the model's threshold, and flag_by_FEATURE where it has thresholds by class. A positive
-    attribution: raising the feature makes the event more anomalous. Labels are not needed.
+    attribution: raising the feature makes the event more anomalous. Labels are not needed. Read and written in pieces.
     """
     if out.suffix != ".parquet":
         raise DataError(f"{out}: scores are written as Parquet, expected a name that ends in .parquet")
     check_file(out)
-    bundle, events, scorer = open_model(model, data, backend)
+    bundle, scorer = open_scorer(model, backend)
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from rich.console import Console
 
-    energy = np.asarray(scorer.energy(events.x), np.float32)
-    flag = None if scorer.threshold is None else energy > scorer.threshold
-    columns = {"event_id": pa.array(events.event_id.tolist(), pa.string()), "energy": energy,
-               "flag": pa.nulls(len(energy), pa.bool_()) if flag is None else flag}
-    if by := bundle.class_thresholds:
-        columns[f"flag_by_{by.feature}"] = by.flag(events, energy)
-    if explain:
-        attribution = np.asarray(scorer.attribution(events.x), np.float32)
-        columns |= {f"attribution_{name}": attribution[:, j] for j, name in enumerate(events.schema.features)}
-    table = pa.table(columns).replace_schema_metadata({"model_digest": bundle.digest, "backend": scorer.name})
-    with whole_file(out) as f:
-        pq.write_table(table, f)
-    flagged = "no threshold in this model" if flag is None else f"{np.count_nonzero(flag):,} flagged"
-    print(f"{out}: {len(events):,} events, {flagged}")
+    def scored(events: Events) -> pa.Table:
+        check_schema(bundle.schema, events.schema, model, data)
+        energy = np.asarray(scorer.energy(events.x), np.float32)
+        flag = pa.nulls(len(energy), pa.bool_()) if scorer.threshold is None else energy > scorer.threshold
+        columns = {"event_id": pa.array(events.event_id.tolist(), pa.string()), "energy": energy, "flag": flag}
+        if by := bundle.class_thresholds:
+            columns[f"flag_by_{by.feature}"] = by.flag(events, energy)
+        if explain:
+            attribution = np.asarray(scorer.attribution(events.x), np.float32)
+            columns |= {f"attribution_{name}": attribution[:, j] for j, name in enumerate(events.schema.features)}
+        return pa.table(columns).replace_schema_metadata({"model_digest": bundle.digest, "backend": scorer.name})
+
+    n = flagged = 0
+    with Console(stderr=True).status(f"reading {data}") as status, whole_file(out) as f, ExitStack() as stack:
+        writer = None
+        for events in iterate(data):
+            table = scored(events)
+            writer = writer or stack.enter_context(pq.ParquetWriter(f, table.schema))
+            writer.write_table(table)
+            n, flagged = n + len(events), flagged + np.count_nonzero(table["flag"])
+            status.update(f"{n:,} events of {data}")
+    said = "no threshold in this model" if scorer.threshold is None else f"{flagged:,} flagged"
+    print(f"{out}: {n:,} events, {said}")
 
 
 def _portable(value: object) -> str:
