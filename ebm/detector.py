@@ -30,7 +30,7 @@ class EBMDetector(OutlierMixin, BaseEstimator):
     def __init__(self, *, contamination: float = 0.01, method: str = "energy", level: int | None = None,
                  hidden_dim: int = 256, n_layers: int = 2, n_sigmas: int = 10, members: int = 1,
                  steps: int | None = Settings.steps, batch_size: int = Settings.batch_size,
-                 lr: float | None = Settings.lr, multi_scale: float = Settings.multi_scale, l2: float = Settings.l2,
+                 lr: float = Settings.lr, multi_scale: float = Settings.multi_scale, l2: float = Settings.l2,
                  patience: int | None = Settings.patience, random_state: int | np.random.RandomState | None = 0):
         self.contamination = contamination
         self.method = method

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-EPOCHS, FEWEST_STEPS, MOST_STEPS = 30, 500, 6000  # of a training whose steps are not given
-SLOW, FAST, STEPS_TIMES_RATE = 1e-3, 3e-3, 1.5  # learning rates: few steps have to be long ones
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 100, 2000, 6000  # of a training whose steps are not given
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Settings:
 
     steps: int | None = None  # None: `EPOCHS` epochs, but at least FEWEST_STEPS and at most MOST_STEPS
     batch_size: int = 256  # of fewer events each is taken several times, with different noise
-    lr: float | None = None  # Adam's; None: STEPS_TIMES_RATE / steps, but at least SLOW and at most FAST
+    lr: float = 1e-3  # Adam's
     warmup: int = 100  # steps over which the rate rises, a fifth of all at most; then it falls to 0 along a cosine
     ema: float = 0.999  # decay of the average that the weights end as
     dsm: float = 1.0
@@ -50,11 +49,7 @@ class Settings:
             return self.steps
         return min(max(EPOCHS * n // self.batch_size, FEWEST_STEPS), MOST_STEPS)
 
-    def lr_for(self, steps: int) -> float:
-        """The highest learning rate of a training of so many steps."""
-        return min(max(STEPS_TIMES_RATE / steps, SLOW), FAST) if self.lr is None else self.lr
-
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of one of `steps` steps, counted from 1."""
         rise = min(1.0, step / min(self.warmup, steps / 5)) if self.warmup else 1.0
-        return self.lr_for(steps) * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        return self.lr * rise * (1 + math.cos(math.pi * (step - 1) / steps)) / 2

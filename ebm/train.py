@@ -172,7 +172,7 @@ def _provenance(s: Settings, histories: list[History], counted: list[str], devic
     held_out = float(np.mean(first.held_out_per_level)) if first.held_out_per_level else None
     return {
         "seed": settings.pop("seed"), "steps": s.steps_for(n), "batch_size": settings.pop("batch_size"),
-        "learning_rate": s.lr_for(s.steps_for(n)), **{k: v for k, v in settings.items() if k not in ("steps", "lr")},
+        "learning_rate": settings.pop("lr"), **{k: v for k, v in settings.items() if k != "steps"},
         "members": len(histories), "threads": torch.get_num_threads(), "device": device,
         "dequantised": counted, "train_loss": first.train_loss[-1], "held_out_loss": held_out,
         "held_out_loss_per_level": first.held_out_per_level,

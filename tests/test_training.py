@@ -49,17 +49,10 @@ def raw(n, seed=0):
 
 def test_steps_left_out_follow_the_number_of_events():
     s = Settings(batch_size=256)
-    assert s.steps_for(100) == 500
-    assert s.steps_for(10_240) == 1200
+    assert s.steps_for(100) == 2000
+    assert s.steps_for(10_240) == 4000
     assert s.steps_for(10**6) == 6000
     assert Settings(steps=7).steps_for(10**6) == 7
-
-
-def test_few_steps_are_long_ones():
-    assert [Settings().lr_for(n) for n in (10, 500, 750, 1500, 6000)] == [3e-3, 3e-3, 2e-3, 1e-3, 1e-3]
-    assert Settings(lr=0.5).lr_for(10) == 0.5
-    assert fit_background(raw(50), Schema("s", ("a", "b", "c"), ("",) * 3), steps=3, progress=False)[0].provenance[
-        "learning_rate"] == 3e-3
 
 
 def test_learning_rate_rises_then_falls_to_zero():

@@ -50,7 +50,7 @@ def train(
     members: Annotated[int, typer.Option(min=1, max=512, help="Networks in one, trained with the seeds that follow; "
                                          "--hidden times these is at most 512.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Events per step.")] = Settings.batch_size,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; left out, few steps are longer ones.")] = Settings.lr,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = Settings.lr,
     dsm: Annotated[float, typer.Option(help="Weight of the score matching loss, levels at random.")] = Settings.dsm,
     multi_scale: Annotated[float, typer.Option(help="Weight of the sum of that loss over all noise levels, 1 / L "
                                                "each.")] = Settings.multi_scale,
