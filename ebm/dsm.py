@@ -7,6 +7,7 @@ backward pass is needed, since the score is plain operations of the weights.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ def train(network: nn.Module, u: Tensor, sigmas: Sequence[float], *, mask: Tenso
     """Train an EnergyNetwork or ScoreNetwork on preprocessed background u (n, D); its weights end as their EMA.
 
     `mask` and `width` are those of `Sample`, `validation` the fields of one of held-out events, whose loss with one
-    fixed draw of noise is recorded every `record_every` steps (None: 30 times in all); `settings` are the fields of
+    fixed draw of noise is recorded every `record_every` steps (None: some 30 times); `settings` are the fields of
     `Settings`. `energy_and_score` may be a fused kernel that reads the network's weights. The same seed, data and
     number of threads give the same weights, also where the training was killed: at every record the file `checkpoint`
     is replaced, and `resume` continues from it, if it is there. `progress`: True or False; None shows it on a terminal.
@@ -120,7 +121,7 @@ def train(network: nn.Module, u: Tensor, sigmas: Sequence[float], *, mask: Tenso
     held_out = None if validation is None else Sample(*validation).rows(slice(HELD_OUT_EVENTS))
     _check(network, sample, sigmas, s, held_out)
     steps, sigma = s.steps_for(len(u)), torch.as_tensor(sigmas, dtype=u.dtype, device=u.device)
-    record_every = record_every or max(1, steps // 30)
+    record_every = record_every or math.ceil(steps / 30)
     weights = s.level_weights or [1 / len(sigma)] * len(sigma)
     terms_on = {"dsm": s.dsm, "level_weights": s.multi_scale * sigma.new_tensor(weights) if s.multi_scale else None,
                 "l2": s.l2, "parameters": list(network.parameters())}
