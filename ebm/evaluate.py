@@ -12,7 +12,7 @@ import numpy as np
 from ebm import metrics
 from ebm.baselines import baselines
 from ebm.bundle import Bundle
-from ebm.efficiency import clopper_pearson
+from ebm.efficiency import clopper_pearson, cut_at_rejection
 from ebm.events import DataError, Events, fold, split
 from ebm.folds import trained_on
 from ebm.sculpting import resonance, sculpting
@@ -65,6 +65,7 @@ def evaluate(bundle: Bundle, events: Events, energies: Callable[[np.ndarray], np
         "weighted": _weighted(bundle, kept, scores),
         "flag": _flags(bundle, kept, scores["energy"], input_rate, prescale),
         "processes": _processes(bundle, kept, scores["energy"]),
+        "signals": _signals(kept, scores, table["energy"]["tightest_rejection"]),
         "multiplicity": _multiplicity(bundle, kept, scores),
         "sculpting": _sculpting(bundle, kept, scores["energy"], mass),
     }
@@ -166,6 +167,19 @@ def _processes(bundle: Bundle, events: Events, energy: np.ndarray) -> dict[str, 
             y = np.repeat([1, 0], [len(own), len(background)])
             entry["auroc"] = metrics.auroc(y, np.concatenate([own, background]))
         result[str(name)] = entry
+    return result
+
+
+def _signals(events: Events, scores: dict[str, np.ndarray], rejection: float) -> dict:
+    """Efficiency for each kind of signal at one rejection, and the geometric mean: does a detector find them all?"""
+    kinds = [] if events.process is None else [str(k) for k in np.unique(events.process[events.label == 1])]
+    if len(kinds) < 2:
+        return {}
+    result = {"rejection": rejection, "detectors": {}}
+    for name, s in scores.items():
+        cut = cut_at_rejection(s[events.label == 0], rejection)
+        found = {kind: float(np.mean(s[events.process == kind] > cut)) for kind in kinds}
+        result["detectors"][name] = found | {"geometric_mean": float(np.prod(list(found.values())) ** (1 / len(kinds)))}
     return result
 
 

@@ -134,6 +134,13 @@ def _print_parts(c: Console, result: dict) -> None:
             table.add_row(name, "signal" if p["signal"] else "background", f"{p['n']:,}", *cells,
                           f"{p['auroc']:.4f}" if p["signal"] else "")
         c.print(table)
+    if found := result["signals"]:
+        kinds = list(found["detectors"]["energy"])
+        table = Table("detector", *(kind.replace("_", " ") for kind in kinds), title_justify="left",
+                      title=f"Efficiency for each signal at {100 * found['rejection']:.6g}% background rejection")
+        for name, d in found["detectors"].items():
+            table.add_row(name, *(f"{d[kind]:.4f}" for kind in kinds))
+        c.print(table)
     if m := result["multiplicity"]:
         strata = m["strata"]
         table = Table(m["feature"], *(f"{s['jets']}{'+' if s['or_more'] else ''}" for s in strata),

@@ -123,6 +123,20 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def test_a_detector_has_to_find_every_kind_of_signal(bundle):
+    kind = np.where(np.arange(3000) % 20 == 9, "near", "far")
+    process = np.where(np.arange(3000) % 10 == 9, kind, "qcd")
+    e = events(process=process)
+    e.x[process == "far", 0] += 100
+    r = evaluate(bundle, e, energy, resamples=5)["signals"]
+    near, far = (r["detectors"]["energy"][k] for k in ("near", "far"))
+    assert r["rejection"] == metrics.evaluate_anomaly_detection(e.label, energy(e.x))["tightest_rejection"]
+    cut = np.sort(energy(e.x[e.label == 0]))[-2]
+    assert (near, far) == (np.mean(e.x[process == "near", 0] > cut), 1)
+    assert r["detectors"]["energy"]["geometric_mean"] == pytest.approx((near * far) ** 0.5)
+    assert evaluate(bundle, events(), energy, resamples=5)["signals"] == {}
+
+
 @pytest.fixture(scope="module")
 def toy_model(tmp_path_factory):
     """A random network for toy events: what is calibrated need not be good."""
