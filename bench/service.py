@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench import servers
 from bench.machine import ROOT, cpu_ticks, machine, steal_fraction, versions
 from bench.service_load import Load, run
 from bench.serving import Process, score_request, serving
@@ -27,6 +28,7 @@ from ebm.bundle import Bundle
 from ebm.command import commit, one_sentence, whole_file
 from ebm.events import load_events
 from serve.model import Served
+from serve.service import LOOKED_AT_S
 
 RATE = 200  # requests a second of the latency figures, one event each
 OVERLOAD = 5
@@ -52,8 +54,8 @@ def latency(model: Path, x: np.ndarray, seconds: float, **settings: object) -> d
 
 
 def throughput(model: Path, x: np.ndarray, seconds: float, binary: bool) -> dict:
-    """1000 events a request, four connections."""
-    with serving(model) as process:
+    """1000 events a request, four connections, whatever each of them waits."""
+    with serving(model, queue_ms=1000) as process:
         run(process.port, score_request(x[:1000], binary), 0.5, 4)
         load = run(process.port, score_request(x[:1000], binary), seconds, 4, processes=2)
     _only(load, 200)
@@ -63,10 +65,12 @@ def throughput(model: Path, x: np.ndarray, seconds: float, binary: bool) -> dict
 def overload(model: Path, x: np.ndarray, seconds: float, connections: int, **settings: object) -> dict:
     """Five times the requests that the service can answer; the times are those of the requests that it admitted."""
     body = score_request(x, binary=True)
-    with serving(model, **settings) as process:
+    with serving(model, queue_ms=1000) as process:  # nothing is refused
+        run(process.port, body, 0.5, 4)
         capacity = run(process.port, body, seconds / 2, 4, processes=2)
-        _only(capacity, 200)
-        rate = len(capacity.seconds) / capacity.took
+    _only(capacity, 200)
+    rate = len(capacity.seconds) / capacity.took
+    with serving(model, **settings) as process:
         load = run(process.port, body, seconds, connections, OVERLOAD * rate, processes=2)
         rejected = process.metric("fused_ebm_rejected_total")
     n = len(load.seconds)
@@ -100,6 +104,31 @@ def swaps(model: Path, x: np.ndarray, seconds: float) -> dict:
             done = process.metric('fused_ebm_model_swaps_total{result="done"}')
     _only(load, 200)
     return {"swaps": int(done), **_quantiles(load), "not_sent": load.missed}
+
+
+def killed(model: Path, x: np.ndarray, seconds: float, name: str) -> dict:
+    """What single events wait for while Redis has the cache or PostgreSQL the database, and once that server is killed
+    in the middle of the load; or why that cannot be measured here."""
+    if why_not := getattr(servers, f"{name}_why_not")():
+        return {"skipped": why_not}
+    body = score_request(x[:1], binary=False)
+    with TemporaryDirectory() as folder, getattr(servers, name)() as (server, url):
+        uses = {"cache_url": url} if name == "redis" else {
+            "database_url": url, "data_root": folder, "results_root": folder}
+        with serving(model, **uses) as process:
+            run(process.port, body, 2, 8, RATE)  # until the worker of the batch jobs, if there is one, has started
+            ready = process.ready()
+            before = run(process.port, body, seconds, 8, RATE)
+            timer = threading.Timer(seconds / 2, server.kill)
+            after = run(process.port, body, seconds, 8, RATE, started=timer.start)
+            timer.join()
+            time.sleep(LOOKED_AT_S)
+            process.ready()  # which looks, and
+            states = [ready, process.ready()]
+    _only(before, 200)
+    _only(after, 200)
+    return {"ready_before_and_after": " ".join(states), "before": _quantiles(before), "killed": _quantiles(after),
+            "added_p99_ms": after.ms(0.99) - before.ms(0.99)}
 
 
 def _server_seconds(process: Process) -> tuple[float, float]:
@@ -144,8 +173,11 @@ def main(
         "binary": lambda: throughput(model, x, seconds, binary=True),
         "JSON": lambda: throughput(model, x, seconds, binary=False),
         "overload, 1000 events": lambda: overload(model, x[:1000], seconds, 64),
+        "overload, 100 events": lambda: overload(model, x[:100], seconds, 64),
         "overload, 1 event": lambda: overload(model, x[:1], seconds, 160),
         "swaps": lambda: swaps(model, x, seconds),
+        "Redis killed": lambda: killed(model, x, seconds, "redis"),
+        "PostgreSQL killed": lambda: killed(model, x, seconds, "postgresql"),
     }.items():
         with console.status(name):
             figures[name] = measure()

@@ -37,15 +37,17 @@ class Load:
 
 
 def run(port: int, body: bytes, seconds: float, connections: int, rate: float | None = None,
-        processes: int = 1) -> Load:
+        processes: int = 1, started: Callable[[], None] = lambda: None) -> Load:
     """Send a request again and again, from processes that share the connections and the rate (per second).
 
     With a rate requests are sent when they are due, whatever has been answered; without, each connection sends its
-    next one when it has its answer. ConnectionError where a reply is lost.
+    next one when it has its answer. `started` is called when the first is about to be sent. ConnectionError where a
+    reply is lost.
     """
     share = max(1, connections // processes)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(time.sleep, [0.2] * processes))  # all are there before the first one starts
+        started()
         futures = [pool.submit(_run, port, body, seconds, share, rate and rate / processes) for _ in range(processes)]
         loads = [f.result() for f in futures]
     return Load(np.concatenate([load.seconds for load in loads]), np.concatenate([load.status for load in loads]),

@@ -45,6 +45,10 @@ class Process:
         text = urlopen(f"{self.url}/metrics", timeout=10).read().decode()
         return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M))
 
+    def ready(self) -> str:
+        """"ready" or "degraded"."""
+        return json.load(urlopen(f"{self.url}/health/ready", timeout=10))["status"]
+
     def rss_mb(self) -> float:
         """Resident memory."""
         pages = int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1])

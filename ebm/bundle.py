@@ -63,7 +63,8 @@ class Bundle:
     `reports` has the physics report of every reduced precision that was compared with float64, by its name.
     `threshold` is the one that every backend and export applies; `class_thresholds` are applied to energies.
     `level_mean` and `level_std` (L,) are of each level's energies of background: only with them can levels be compared
-    or combined (`ebm.scores`). Models of earlier versions have none.
+    or combined (`ebm.scores`). `quantiles` are (share, energy) of the background that the threshold was calibrated on,
+    rising (`ebm.folds.quantiles`). Models of earlier versions have neither.
     """
 
     architecture: Architecture
@@ -78,6 +79,7 @@ class Bundle:
     class_thresholds: ClassThresholds | None = None
     level_mean: tuple[float, ...] = ()
     level_std: tuple[float, ...] = ()
+    quantiles: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         a, s = self.architecture, np.asarray(self.sigmas)
@@ -106,6 +108,11 @@ class Bundle:
                 and np.isfinite(stds).all() and (stds > 0).all()):
             raise DataError(f"level_mean and level_std must be {self.n_levels} numbers each, the latter positive, "
                             f"given {self.level_mean} and {self.level_std}")
+        shares, energies = np.asarray(self.quantiles, dtype=float).reshape(-1, 2).T
+        if not (np.isfinite(energies).all() and (np.diff(energies) >= 0).all()
+                and (np.diff(shares, prepend=0, append=1) > 0).all()):
+            raise DataError("quantiles must be pairs of a share between 0 and 1 and a finite energy, both rising, "
+                            f"given {self.quantiles}")
         if self.class_thresholds and self.class_thresholds.feature not in self.schema.features:
             raise DataError(f"class thresholds of {self.class_thresholds.feature!r}, which is no feature of the schema")
 
@@ -147,6 +154,7 @@ class Bundle:
                        "weights_sha256": hashlib.sha256(weights).hexdigest(), **self._description(),
                        "threshold": self.threshold and asdict(self.threshold), "provenance": self.provenance,
                        "reports": self.reports, "level_mean": self.level_mean, "level_std": self.level_std,
+                       "quantiles": self.quantiles,
                        "class_thresholds": self.class_thresholds and asdict(self.class_thresholds)}
         text = json.dumps(description, indent=1, allow_nan=False) + "\n"
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -210,7 +218,8 @@ class Bundle:
                                         tuple(Threshold(**t) for t in by["thresholds"]))
             return cls(Architecture(**d["architecture"]), load(content[weights_path]), tuple(d["sigmas"]),
                        d["default_level"], schema, preprocessing, threshold, d["provenance"], d.get("reports", {}), by,
-                       tuple(d.get("level_mean", ())), tuple(d.get("level_std", ())))
+                       tuple(d.get("level_mean", ())), tuple(d.get("level_std", ())),
+                       tuple(tuple(pair) for pair in d.get("quantiles", ())))
         except KeyError as e:
             raise DataError(f"{json_path}: entry {e} is missing") from None
         except DataError as e:

@@ -15,6 +15,7 @@ from ebm.bundle import Bundle
 from ebm.events import DataError, Events, split
 from ebm.threshold import calibrate, calibrate_by
 
+SHARES = (0.001, 0.01, 0.02, 0.05, *(i / 10 for i in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
 _KEPT = 1024  # hashes in a fingerprint: 11 kB of text
 
 
@@ -49,9 +50,20 @@ def trained_on(bundle: Bundle, events: Events) -> bool:
     return _holds(bundle.provenance, events) or _holds(calibration, events)
 
 
+def quantiles(energies: np.ndarray, weights: np.ndarray | None = None) -> tuple[tuple[float, float], ...]:
+    """(share, energy): the part `share` of background energies (n,) is at most `energy`, for those of SHARES that n
+    events resolve, one or more on either side. With weights (n,), some of which may be negative, it is their sum."""
+    order = np.argsort(energies)
+    sums = np.maximum.accumulate(np.cumsum(np.ones(len(order)) if weights is None else weights[order]))
+    resolved = [q for q in SHARES if min(q, 1 - q) * len(order) >= 1]
+    rows = order[np.searchsorted(sums, np.multiply(resolved, sums[-1]) * (1 - 1e-12))]
+    return tuple(zip(resolved, (float(e) for e in energies[rows]), strict=True))
+
+
 def recalibrate(bundle: Bundle, events: Events, energies: Callable[[np.ndarray], np.ndarray], *, rate: float = 1e-4,
                 confidence: float = 0.95, by: str | None = None, weighted: bool = False, backend: str = "") -> Bundle:
-    """The bundle with a new threshold, of the background of `events`, and with one for each class `by` a multiplicity.
+    """The bundle with a new threshold, of the background of `events`, and with one for each class `by` a multiplicity;
+    and with the quantiles of that background's energies.
 
     `energies(x)` gives the energies (n,) of raw events (n, D) at the default level: of the backend that will score.
     Of data that the model was trained on the calibration folds count, of others all but the test folds, which
@@ -73,7 +85,7 @@ def recalibrate(bundle: Bundle, events: Events, energies: Callable[[np.ndarray],
                                   weights=weights)
     calibration = {"source": Path(name).name, "data_digest": events.digest, "background_events": len(kept),
                    "fingerprint": fingerprint(kept), "backend": backend}
-    return replace(bundle, threshold=threshold, class_thresholds=classes,
+    return replace(bundle, threshold=threshold, class_thresholds=classes, quantiles=quantiles(energy, weights),
                    provenance=bundle.provenance | {"calibration": calibration})
 
 

@@ -17,7 +17,7 @@ from ebm.checkpoint import History
 from ebm.command import commit
 from ebm.dsm import HELD_OUT_EVENTS, EnergyAndScore, Sample, geometric_sigmas, train
 from ebm.events import DataError, Events, Schema, split
-from ebm.folds import check_apart, fingerprint
+from ebm.folds import check_apart, fingerprint, quantiles
 from ebm.networks import EnergyNetwork, ensemble
 from ebm.preprocess import FEW_VALUES, VALUES_LOOKED_AT, Preprocessing
 from ebm.scores import standardise_levels
@@ -39,7 +39,7 @@ class Trained:
 
 def fit(events: Events, energies: Callable[[Bundle, np.ndarray], np.ndarray], *, command: str = "",
         **options: object) -> Trained:
-    """Train an energy network on the background of the training folds and calibrate its threshold.
+    """Train an energy network on the background of the training folds, calibrate its threshold and keep quantiles.
 
     `energies(bundle, x)` gives the energies (n,) of raw events (n, D) at the default level: hand in the
     backend that will score later, so that the threshold is one of its own energies. Labels select the
@@ -62,8 +62,10 @@ def fit(events: Events, energies: Callable[[Bundle, np.ndarray], np.ndarray], *,
         "background_events": numbers, "commit": commit(),
         "fingerprint": fingerprint(events[folds["train"] | folds["calibrate"]].background()),
     }
-    threshold = calibrate(energies(bundle, background["calibrate"].x), RATE, CONFIDENCE, level=bundle.default_level)
-    return Trained(replace(bundle, provenance=provenance, threshold=threshold), histories[0], numbers)
+    energy = np.asarray(energies(bundle, background["calibrate"].x))
+    threshold = calibrate(energy, RATE, CONFIDENCE, level=bundle.default_level)
+    bundle = replace(bundle, provenance=provenance, threshold=threshold, quantiles=quantiles(energy))
+    return Trained(bundle, histories[0], numbers)
 
 
 def fit_background(

@@ -7,8 +7,11 @@ import functools
 import gc
 import logging
 import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +21,7 @@ import uvicorn
 from ebm.command import one_sentence
 from serve import logs
 from serve.app import create_app
-from serve.protocol import Protocol
+from serve.protocol import Connection
 from serve.security import new_key
 from serve.service import Service
 from serve.settings import load_settings
@@ -39,7 +42,9 @@ class Server(uvicorn.Server):
         sys.setswitchinterval(0.0005)  # a scored batch waits no 5 ms for a busy loop to take it
         gc.collect()
         gc.freeze()  # what is loaded stays: later collections need not look at it
-        await super().startup(sockets)
+        with _address(self.config.host, self.config.port):
+            await super().startup(sockets)
+        self._log_started_message(sockets)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Answer on, not ready and closing connections, so that no request meets a closed port; again: stop now."""
@@ -54,6 +59,28 @@ class Server(uvicorn.Server):
         task = asyncio.ensure_future(self.service.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+
+@contextmanager
+def _address(host: str, port: int) -> Iterator[None]:
+    """RuntimeError with host and port where they cannot be had."""
+    try:
+        yield
+    except OSError as e:
+        raise RuntimeError(f"host {host}, port {port}: {e.strerror}") from None
+
+
+def _bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets that have the addresses of a host, and do not listen yet. RuntimeError where they cannot be had."""
+    sockets = []
+    with _address(host, port):
+        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            sockets.append(s := socket.socket(family))
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            s.bind(address)
+    return sockets
 
 
 @one_sentence
@@ -72,6 +99,7 @@ def serve(
         print(f'for the client:    {key}\nfor the settings:  api_keys = ["{digest}"]')
         return
     settings = load_settings(config, model=model, host=host, port=port)
+    sockets = _bound(settings.host, settings.port)  # before the model is loaded
     listener = logs.start(settings.log_level)
     try:
         try:
@@ -80,10 +108,10 @@ def serve(
             raise ValueError(f"threads = {settings.threads} cannot be had of this backend: {e}") from None
         log.info("model %s (%s) on %s", settings.model, service.served.version[:12], service.served.scorer)
         Server(uvicorn.Config(
-            create_app(service), settings.host, settings.port, http=functools.partial(Protocol, service),
+            create_app(service), settings.host, settings.port, http=functools.partial(Connection, service),
             loop="uvloop", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, timeout_keep_alive=settings.keep_alive_s, timeout_graceful_shutdown=settings.drain_s,
-        ), service).run()  # fmt: skip
+        ), service).run(sockets)  # fmt: skip
     finally:
         gc.unfreeze()
         listener.stop()

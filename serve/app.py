@@ -14,12 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, JSONResponse
 
 from serve import openapi, parsing
+from serve.admission import EXPLAIN, SCORE
 from serve.errors import Refused
 from serve.guard import Guard, refusal
 from serve.service import Service
 from serve.status import page
-
-SCORE, EXPLAIN = "/api/v1/score", "/api/v1/explain"
 
 log = logging.getLogger("fused_ebm.serve")
 
@@ -42,12 +41,10 @@ def create_app(service: Service) -> Guard:
         headers = dict(request.scope["headers"])
         kind = parsing.content_type(headers, parsing.JSON, parsing.BINARY)
         is_binary = kind == parsing.BINARY
-        bytes_per_event = n * (4 if is_binary else 8)
-        with service.batcher.admitted(1 + int(headers.get(b"content-length", 0)) // bytes_per_event):
-            async with service.in_time():
-                parse = parsing.events_from_binary if is_binary else parsing.events_from_json
-                x = parse(await request.body(), n, settings.max_events)
-                energies, flags, served = await service.score(x)
+        async with service.in_time():
+            parse = parsing.events_from_binary if is_binary else parsing.events_from_json
+            x = parse(await request.body(), n, settings.max_events)
+            energies, flags, served = await service.score(x)
         if is_binary:
             answer = energies.astype("<f4", copy=False).tobytes() + flags.tobytes()
         else:
@@ -58,14 +55,13 @@ def create_app(service: Service) -> Guard:
         """Energy of one event, its change dE/du per unit of background spread of each feature (positive: raising the
         feature makes the event more anomalous; 0 for a missing value), and its norm over each object's components."""
         parsing.content_type(dict(request.scope["headers"]), parsing.JSON)
-        with service.batcher.admitted(1):
-            async with service.in_time():
-                x = parsing.event_from_json(await request.body(), n)
-            served = service.served
-            try:
-                energy, by_feature, by_object = served.explain(x)
-            except ValueError as e:
-                raise service.not_finite(str(e)) from None
+        async with service.in_time():
+            x = parsing.event_from_json(await request.body(), n)
+        served = service.served
+        try:
+            energy, by_feature, by_object = served.explain(x)
+        except ValueError as e:
+            raise service.not_finite(str(e)) from None
         return JSONResponse({"score": energy, "feature_attribution": by_feature, "object_attribution": by_object},
                             headers={"x-model-version": served.version})
 
@@ -129,4 +125,4 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         log.error("no batch jobs: %s is not installed", e.name)
         return
     service.why_not["database"] = Database(service.settings.database_url).why_not
-    app.include_router(router(service.settings, lambda: service.served.bundle))
+    app.include_router(router(service.settings, lambda: service.served.bundle, service.in_time))

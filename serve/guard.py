@@ -12,10 +12,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from serve.admission import QUEUED
 from serve.errors import Busy, Refused
 from serve.metrics import Metrics
 from serve.security import DOCS_POLICY, HEADERS, POLICY, check_key
 from serve.service import Service
+from serve.settings import Settings
 
 log = logging.getLogger("fused_ebm.serve")
 
@@ -28,6 +30,18 @@ def refusal(reason: Refused, metrics: Metrics) -> JSONResponse:
     if isinstance(reason, Busy):
         metrics.refuse(reason.reason)
     return JSONResponse({"detail": str(reason)}, reason.status, reason.headers)
+
+
+def check(settings: Settings, headers: dict[bytes, bytes], is_open: bool = False) -> None:
+    """Raises Refused (401, 411, 413, 415, 421) where the head of a request says that it will not be answered."""
+    if not is_open:
+        check_key(headers, settings.api_keys)
+    if b"transfer-encoding" in headers:
+        raise Refused(411, "send Content-Length, not Transfer-Encoding")
+    if int(headers.get(b"content-length", 0)) > settings.max_body_bytes:
+        raise Refused(413, f"the body may have {settings.max_body_bytes} bytes at most")
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        raise Refused(415, "the body may not be compressed")
 
 
 class Guard:
@@ -54,12 +68,17 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self._leave(scope)  # a client that does not read makes nobody wait
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
         try:
             try:
-                self._check(scope["path"], headers)
+                check(self.service.settings, headers, is_open=scope["path"] in OPEN)
+                if scope["path"] in QUEUED and scope["method"] == "POST" and not scope.get("takes"):
+                    scope["takes"] = self.service.queue.enter(headers)
+                    if scope["takes"] is None:
+                        raise Busy("queue", "too many requests wait: try again later")
                 await self.app(scope, receive, answer)
             except Refused as e:
                 await refusal(e, self.metrics)(scope, receive, answer)
@@ -71,17 +90,12 @@ class Guard:
                 failed = Refused(500, "the service failed: its log says why, under the id of this request")
                 await refusal(failed, self.metrics)(scope, receive, answer)
         finally:
+            self._leave(scope)
             self._record(scope, status, time.perf_counter() - started, request_id, error)
 
-    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if path not in OPEN:
-            check_key(headers, self.service.settings.api_keys)
-        if b"transfer-encoding" in headers:
-            raise Refused(411, "send Content-Length, not Transfer-Encoding")
-        if int(headers.get(b"content-length", 0)) > self.service.settings.max_body_bytes:
-            raise Refused(413, f"the body may have {self.service.settings.max_body_bytes} bytes at most")
-        if headers.get(b"content-encoding", b"identity") != b"identity":
-            raise Refused(415, "the body may not be compressed")
+    def _leave(self, scope: dict[str, Any]) -> None:
+        if takes := scope.pop("takes", None):
+            self.service.queue.leave(takes)
 
     def _record(self, scope: dict[str, Any], status: int, seconds: float, request_id: bytes,
                 error: Exception | None) -> None:

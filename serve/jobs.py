@@ -8,6 +8,7 @@ import logging
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -81,10 +82,12 @@ class Jobs:
         return self.status(job_id)
 
 
-def router(settings: Settings, model: Callable[[], Bundle]) -> APIRouter:
+def router(settings: Settings, model: Callable[[], Bundle],
+           in_time: Callable[[], AbstractAsyncContextManager]) -> APIRouter:
     """POST PATH, GET and DELETE PATH/{job_id}, and the worker, which runs as long as the service does.
 
-    `model` gives the model that is served when a job is submitted, which it will be scored with.
+    `model` gives the model that is served when a job is submitted, which it will be scored with; `in_time` ends what
+    is inside at the deadline.
     """
     jobs = Jobs(settings)
 
@@ -97,16 +100,18 @@ def router(settings: Settings, model: Callable[[], Bundle]) -> APIRouter:
             await task
 
     routes = APIRouter(lifespan=lifespan, tags=["batch"])
-    body = {"type": "object", "required": ["events_file"], "additionalProperties": False,
-            "properties": {"events_file": {"type": "string", "examples": ["s3://bucket/events.parquet"]}}}
+    schema = {"type": "object", "required": ["events_file"], "additionalProperties": False,
+              "properties": {"events_file": {"type": "string", "examples": ["s3://bucket/events.parquet"]}}}
 
     @routes.post(PATH, status_code=202, openapi_extra={"requestBody": {"required": True, "content": {
-        JSON: {"schema": body}}}})
+        JSON: {"schema": schema}}}})
     async def submit(request: Request) -> dict:
         """Score a file: Parquet, ROOT, HDF5, CSV or NumPy; options as in nano.root?era=UL2018 may follow its name."""
         content_type(dict(request.scope["headers"]), JSON)
         try:
-            events_file = msgspec.json.decode(await request.body(), type=BatchRequest).events_file
+            async with in_time():
+                body = await request.body()
+            events_file = msgspec.json.decode(body, type=BatchRequest).events_file
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise Refused(422, 'expected {"events_file": "..."} and nothing else') from None
         job_id = await run_in_threadpool(jobs.submit, events_file, model())
@@ -152,4 +157,6 @@ def _database_or_503() -> Iterator[None]:
 def _sentence(flow) -> str:
     if flow.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
         return "the worker ended again and again while it ran this job"
-    return str(flow.error)
+    if getattr(flow.error, "name", None) == DataError.__name__:
+        return str(flow.error)
+    return "the service failed: its log says why"  # in words that are not for callers: addresses, paths

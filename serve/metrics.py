@@ -17,9 +17,14 @@ class ScoreDistribution(Collector):
     """A histogram of energies with fixed edges, counted a batch at a time."""
 
     def __init__(self, edges: Sequence[float]):
-        self.edges = np.asarray(edges, np.float64)
-        self.counts = np.zeros(len(edges) + 1, np.int64)
-        self.sum = 0.0
+        self.edges = np.empty(0)
+        self.start(edges)
+
+    def start(self, edges: Sequence[float]) -> None:
+        """Begin again with other edges, rising; with the same ones go on."""
+        if not np.array_equal(edges, self.edges):
+            self.edges = np.asarray(edges, np.float64)
+            self.counts, self.sum = np.zeros(len(edges) + 1, np.int64), 0.0
 
     def observe(self, energies: np.ndarray) -> None:
         """Count energies (n,), all of them finite."""
@@ -48,13 +53,14 @@ class Metrics:
         self.nonfinite = Counter("fused_ebm_nonfinite", "Requests refused for an event that cannot be scored",
                                  registry=r)
         self.batch = Histogram("fused_ebm_batch_events", "Events of one kernel call", buckets=BATCH_EDGES, registry=r)
-        self.depth = Gauge("fused_ebm_queue_events", "Events admitted and not yet answered", registry=r)
+        self.depth = Gauge("fused_ebm_queue_events", "Events that wait for their energies", registry=r)
+        self.wait = Gauge("fused_ebm_queue_seconds", "Predicted wait of the next request", registry=r)
         self.cache = Counter("fused_ebm_cache", "Events looked up in the cache", ["result"], registry=r)
         self.model = Gauge("fused_ebm_model", "1 for the model that is served", ["version"], registry=r)
         self.swaps = Counter("fused_ebm_model_swaps", "Reloads of the model", ["result"], registry=r)
         self.scores = ScoreDistribution(score_edges)
         r.register(self.scores)
-        for reason in ("requests", "events", "deadline", "jobs"):
+        for reason in ("queue", "deadline", "jobs"):
             self.rejected.labels(reason)
         for result in ("hit", "miss"):
             self.cache.labels(result)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 
+from serve.admission import Queue
 from serve.batching import Batcher
 from serve.cache import open_cache
 from serve.errors import Busy, Refused
@@ -19,6 +20,7 @@ from serve.settings import Settings
 
 log = logging.getLogger("fused_ebm.serve")
 
+SCORE_EDGES = (-200, -100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200)
 LOOKED_AT_S = 1.0  # how old the state of a part may be
 
 
@@ -27,7 +29,7 @@ class Service:
 
     def __init__(self, settings: Settings):
         """Load and warm up the model. Raises what `Served` and `open_cache` raise."""
-        self.settings, self.metrics = settings, Metrics(settings.score_edges)
+        self.settings = settings
         self.cache = open_cache(settings.cache_url, settings.cache_entries)
         self.draining = False
         self.started = time.time()
@@ -35,13 +37,16 @@ class Service:
         self._parts: tuple[float, dict[str, str]] = (0.0, {})
         self._swap = asyncio.Lock()
         self.served = self._load()
+        self.metrics = Metrics(self._score_edges())
         self.metrics.model.labels(self.served.version).set(1)
+        self.queue = Queue(settings.queue_ms / 1e3, len(self.served.features))
+        self.metrics.wait.set_function(lambda: self.queue.seconds)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The batcher lives inside."""
         self.batcher = Batcher(lambda: self.served, wait=self.settings.wait_ms / 1e3,
-                               max_events=self.settings.queue_events, observe=self.metrics.batch.observe)
+                               max_events=self.settings.max_events, observe=self._observe)
         self.metrics.depth.set_function(lambda: self.batcher.events)
         try:
             yield
@@ -49,6 +54,10 @@ class Service:
             self.batcher.close()
             if self.cache:
                 await self.cache.close()
+
+    def _observe(self, events: int, seconds: float) -> None:
+        self.metrics.batch.observe(events)
+        self.queue.learn(events, seconds)
 
     async def score(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, Served]:
         """Events (n, D) -> energies (n,), flags (n,), and the model that gave both. Refused (422) on a bad event."""
@@ -112,11 +121,22 @@ class Service:
                 log.error("the model was not replaced: %s", e)
                 return
             old, self.served = self.served, new
+            self.metrics.scores.start(self._score_edges())
             self.metrics.model.labels(old.version).set(0)
             self.metrics.model.labels(new.version).set(1)
             self.metrics.swaps.labels("done").inc()
             log.info("model %s replaced by %s", old.version[:12], new.version[:12])
 
+    def _score_edges(self) -> Sequence[float]:
+        """Those of the settings, else the quantiles of the model's background, else what suits many models."""
+        if self.settings.score_edges:
+            return self.settings.score_edges
+        if quantiles := self.served.bundle.quantiles:
+            return sorted({energy for _, energy in quantiles})
+        log.warning("the model has no quantiles of its background ('python -m ebm calibrate' adds them): the bins of "
+                    "the score distribution are general ones")
+        return SCORE_EDGES
+
     def _load(self) -> Served:
         s = self.settings
-        return Served(s.model, s.backend, s.threads, largest=min(s.max_events, s.queue_events))
+        return Served(s.model, s.backend, s.threads, largest=s.max_events)

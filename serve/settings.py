@@ -42,18 +42,16 @@ class Settings(BaseModel):
     """Of the scoring kernel; by default the processors that this process may use."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """"debug" logs every request, "info" those that were answered with an error (429 excepted: it is counted)."""
-    score_edges: tuple[float, ...] = (-200, -100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200)
-    """Upper edges of the bins of the score distribution, rising: best the quantiles of the model's background."""
+    score_edges: tuple[float, ...] = ()
+    """Upper edges of the bins of the score distribution, rising; by default quantiles of the model's background."""
 
     # Limits of one request, and of those that wait.
     max_body_bytes: Positive = 4 * 2**20
     max_events: Positive = 10_000
     wait_ms: Annotated[float, Field(ge=0, le=100)] = 0.2
     """How long a request may wait for others that share its kernel call."""
-    queue_requests: Positive = 32
-    """Under /api, begun and not yet answered; above it 429 is answered. Each takes 0.2 ms of the 10 ms objective."""
-    queue_events: Positive = 8192
-    """The same for the events of these requests, by the length of their bodies; one request is always admitted."""
+    queue_ms: Annotated[float, Field(gt=0, le=1000)] = 3
+    """A request that would wait longer for others, by the speed that is measured, gets 429; one is always admitted."""
     deadline_s: Seconds = 1.0
     """From the headers of a request to its score; 429 is answered beyond it."""
     linger_s: Annotated[float, Field(ge=0, le=300)] = 0.5
@@ -61,7 +59,7 @@ class Settings(BaseModel):
     drain_s: Positive = 5
     """How long it may take after that to answer what it has admitted."""
     keep_alive_s: Seconds = 15.0
-    """From a connection or a reply to the last header of the next request."""
+    """From a connection or a reply to the last header of the next request; a reply must be read in it, too."""
     max_connections: Positive = 1024
 
     # The parts.
@@ -93,7 +91,7 @@ class Settings(BaseModel):
         if not self.api_keys and not is_loopback(self.host):
             raise ValueError(f"host is {self.host}, which other machines reach: set api_keys ('python -m serve "
                              "--new-key' makes one), or listen on 127.0.0.1")
-        if list(self.score_edges) != sorted(set(self.score_edges)) or not self.score_edges:
+        if list(self.score_edges) != sorted(set(self.score_edges)):
             raise ValueError("score_edges must rise")
         return self
 

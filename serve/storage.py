@@ -32,7 +32,7 @@ class Source:
 
 
 class Storage:
-    """Local directories, or S3 through pyarrow.fs. Messages repeat nothing but what the caller gave.
+    """Local directories, or S3 through pyarrow.fs. Messages repeat nothing of what the caller gave.
 
     Links are followed where they lead to a file under the root, and refused where they lead out of it. Who may write
     under the root could still put a link in the place of a file while it is opened: give the root to those you trust.
@@ -51,11 +51,11 @@ class Storage:
         try:
             info = filesystem.get_file_info(path)
         except OSError:
-            raise DataError(f"{name}: the storage does not answer, or refuses it") from None
+            raise DataError("events_file: the storage does not answer, or refuses it") from None
         if not info.is_file:
-            raise DataError(f"{name}: there is no such file")
+            raise DataError("events_file: there is no such file")
         if info.size > self._settings.max_file_bytes:
-            raise DataError(f"{name}: {info.size} bytes, expected at most {self._settings.max_file_bytes}")
+            raise DataError(f"events_file: {info.size} bytes, expected at most {self._settings.max_file_bytes}")
         return Source(filesystem, path, options, f"{info.size}:{info.mtime_ns}")
 
     def fetch(self, source: Source, work: Path) -> str:
@@ -115,22 +115,22 @@ class Storage:
         from pyarrow.fs import LocalFileSystem
 
         if self._settings.data_root is None:
-            raise DataError(f"{name}: this service reads no local files (data_root is not set)")
+            raise DataError("events_file: this service reads no local files (data_root is not set)")
         root = self._settings.data_root.resolve()
         try:
             path = (root / name).resolve()
         except (OSError, RuntimeError):  # too long, or links in a circle
-            raise DataError(f"{name}: there is no such file") from None
+            raise DataError("events_file: there is no such file") from None
         if not path.is_relative_to(root):
-            raise DataError(f"{name}: it is not under the data root")
+            raise DataError("events_file: it is not under the data root")
         return LocalFileSystem(), str(path)
 
     def _bucket(self, name: str) -> tuple[FileSystem, str]:
         bucket, _, key = name.removeprefix("s3://").partition("/")
         if bucket not in self._settings.s3_read_buckets:
-            raise DataError(f"{name}: this service does not read from that bucket")
+            raise DataError("events_file: this service does not read from that bucket")
         if any(part in ("", ".", "..") for part in key.split("/")):
-            raise DataError(f"{name}: expected s3://bucket/key")
+            raise DataError("events_file: expected s3://bucket/key")
         return self._s3, f"{bucket}/{key}"
 
     @cached_property

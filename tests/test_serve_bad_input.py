@@ -26,7 +26,7 @@ SECRET = b"54321987"  # a value in the corpus, that no answer may repeat
 
 @pytest.fixture(scope="module")
 def process():
-    with serving(DEMO, threads=1, deadline_s=0.5, keep_alive_s=1) as process:
+    with serving(DEMO, threads=1, deadline_s=0.5, keep_alive_s=1, queue_ms=1000) as process:
         yield process
 
 
@@ -176,6 +176,23 @@ def test_a_head_that_does_not_end_is_given_up(process, sent):
         return time.perf_counter() - start
 
     assert asyncio.run(wait_for_the_end()) < 3
+
+
+def test_a_client_that_does_not_read_is_given_up(process):
+    get, n = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", 2000
+
+    async def read_late() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", process.port, limit=2**12)
+        writer.write(get * n)
+        await asyncio.sleep(4)
+        replies = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while part := await asyncio.wait_for(reader.read(2**16), 5):
+                replies += part
+        writer.close()
+        return replies
+
+    assert 0 < asyncio.run(read_late()).count(b"HTTP/1.1 200 OK") < n
 
 
 @pytest.mark.parametrize("n", [2000, pytest.param(100_000, marks=pytest.mark.full)])

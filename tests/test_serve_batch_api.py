@@ -1,5 +1,6 @@
 """Batch jobs over real sockets, with the worker that the service starts, and starts again."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import servers
 from serve_case import CHUNK, MODEL, model, uninterrupted, until
 from serve_case import write as write_events
 
-from bench.serving import serving
+from bench import servers
+from bench.serving import Connection, request, serving
 from serve.jobs import PATH
 
 
@@ -103,6 +104,15 @@ def test_what_is_refused(roots):
         for name in ("nothing", "%00", "..%2f..", "x" * 1000):
             assert client.get(f"{PATH}/{name}").status_code == 404
             assert client.delete(f"{PATH}/{name}").status_code == 404
+
+
+def test_a_body_that_does_not_come_is_given_up_at_the_deadline(roots):
+    async def ask(process) -> int:
+        connection = await Connection.open(process.port)
+        return (await asyncio.wait_for(connection.ask(request(PATH, b"x" * 1000)[:-500]), 5)).status
+
+    with service(roots, deadline_s=0.3) as (process, _):
+        assert asyncio.run(ask(process)) == 429
 
 
 def test_without_its_database_the_service_is_degraded_and_scores(roots):

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-import servers
 
+from bench import servers
 from serve import cache as cache_module
 from serve.cache import keys_of, open_cache
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import servers
 import sqlalchemy as sa
 from serve_case import model
 
+from bench import servers
 from serve.database import Database, jobs, models
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from bench.machine import ROOT
 from serve import logs
+from serve.admission import EVENT_S, SCORE, Queue
 from serve.batching import INLINE, Batcher
-from serve.errors import Busy
 from serve.guard import Guard
 from serve.service import Service
 from serve.settings import Settings
@@ -36,7 +36,7 @@ class Fake:
 def with_batcher(current, test, **options) -> object:
     async def run() -> object:
         sizes: list[int] = []
-        batcher = Batcher(current, **{"wait": 0, "max_events": 1000, "observe": sizes.append} | options)
+        batcher = Batcher(current, **{"wait": 0, "max_events": 1000, "observe": lambda n, _: sizes.append(n)} | options)
         try:
             return await test(batcher, sizes)
         finally:
@@ -94,19 +94,46 @@ def test_a_full_batch_does_not_wait():
     with_batcher(lambda: Fake(1), test, wait=60, max_events=3 * len(LARGE) - 1)
 
 
-def test_places_are_given_back_whatever_happens():
-    async def test(batcher: Batcher, _sizes: list[int]) -> None:
-        with batcher.admitted(900), batcher.admitted(100):
-            assert batcher.events == 1000
-            with pytest.raises(Busy, match="wait"), batcher.admitted(1):
-                pass
-        with pytest.raises(ZeroDivisionError), batcher.admitted(1):
-            raise ZeroDivisionError
-        assert batcher.events == 0
-        with batcher.admitted(5000):
-            assert batcher.events == 5000
+def headers(size: int, kind: str = "application/octet-stream") -> dict[bytes, bytes]:
+    return {b"content-length": str(size).encode(), b"content-type": kind.encode()}
 
-    with_batcher(lambda: Fake(1), test)
+
+def test_a_request_enters_where_the_others_take_no_longer_than_the_limit():
+    queue = Queue(limit=0.001, n_features=64)
+    within = [queue.enter(headers(256)) for _ in range(20)]
+    entered = [seconds for seconds in within if seconds]
+    assert within == entered + [None] * (20 - len(entered))
+    assert sum(entered[:-1]) <= 0.001 < sum(entered)
+    for seconds in entered:
+        queue.leave(seconds)
+    assert queue.seconds == pytest.approx(0, abs=1e-12)
+    assert queue.enter(headers(4 * 2**20, "application/json")) > 0.02  # of any size, if nothing waits
+    assert queue.enter({}) is None
+
+
+def test_the_predicted_wait_follows_the_kernel():
+    queue = Queue(limit=1, n_features=64)
+    first = queue.enter(headers(256_000))
+    for _ in range(1000):
+        queue.learn(2000, 2000 * 50e-6)
+    assert queue.enter(headers(256_000)) - first == pytest.approx(1000 * (50e-6 - EVENT_S), rel=1e-3)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_places_are_given_back_whatever_happens(broken):
+    service, sent = Service(Settings(model=ROOT / "models" / "demo", threads=1)), []
+
+    async def app(scope, receive, send) -> None:
+        assert service.queue.seconds > 0
+        if broken:
+            raise ZeroDivisionError
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": SCORE, "headers": [(b"content-length", b"9")]}
+    asyncio.run(Guard(app, service, set())(scope, None, send))
+    assert service.queue.seconds == 0
 
 
 def test_a_bug_is_answered_with_500_that_says_nothing_and_logged_under_its_id(caplog):
@@ -126,7 +153,7 @@ def test_a_bug_is_answered_with_500_that_says_nothing_and_logged_under_its_id(ca
     assert start["status"] == 500
     assert (b"x-request-id", b"id-7") in start["headers"]
     assert "54321987" not in json.loads(body["body"])["detail"]
-    (record,) = (r for r in caplog.records if r.name == "fused_ebm.serve")
+    (record,) = (r for r in caplog.records if r.message == "request")
     assert (record.levelname, record.request["id"], record.request["path"]) == ("ERROR", "id-7", "other")
     line = json.loads(logs.JsonFormatter().format(record))
     assert "KeyError" in line["exception"]

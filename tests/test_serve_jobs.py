@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import servers
 import sqlalchemy as sa
 from serve_case import CHUNK, FORMATS, finished, jobs_at, left, model, running, submit, uninterrupted, until, with_met
 from serve_case import write as write_events
 
+from bench import servers
 from serve.database import scored_files
 from serve.errors import Refused
 
@@ -131,6 +132,22 @@ def test_failed_jobs_say_why_in_the_words_of_the_caller_and_leave_nothing(on_sql
         assert finished(jobs, job_id)["error"] == "late.parquet: the file changed after the job was submitted"
     assert {jobs.status(j)["status"] for j in ids.values()} == {"failed"}
     assert {jobs.status(j)["results_file"] for j in ids.values()} == {None}
+
+
+def test_what_went_wrong_in_the_service_itself_is_for_its_log_alone(on_sqlite, capfd):
+    jobs = on_sqlite
+    write_events(jobs.settings.data_root / "events.parquet")
+    with running(jobs):
+        until(lambda: jobs.settings.results_root.exists())
+        job_id = submit(jobs_at(jobs.settings.data_root.parent, jobs.settings.database_url, chunk_events=10),
+                        "events.parquet")
+        until(lambda: jobs.status(job_id)["events"] > 0)
+        folder = jobs.storage.work(job_id)
+        while folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        status = finished(jobs, job_id)
+    assert (status["status"], status["error"]) == ("failed", "the service failed: its log says why")
+    assert str(folder) in capfd.readouterr().err
 
 
 def test_a_job_keeps_the_model_that_it_was_submitted_with(on_sqlite):

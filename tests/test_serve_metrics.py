@@ -69,7 +69,7 @@ def test_counts_are_those_of_what_was_asked(text, events):
     for edge in ("-40", "-30", "-20.5", "0"):
         assert value("fused_ebm_score_bucket", le=edge) == (energies <= float(edge)).sum()
     assert value("fused_ebm_score_bucket", le="+Inf") == len(energies)
-    for reason in ("requests", "events", "deadline"):
+    for reason in ("queue", "deadline", "jobs"):
         assert value("fused_ebm_rejected_total", reason=reason) == 0
     edges = [dict(labels)["le"] for (name, labels) in found if name == "fused_ebm_request_seconds_bucket"
              and dict(labels)["path"] == "/api/v1/score"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -156,6 +157,28 @@ def test_what_cannot_start_says_why_in_one_sentence(tmp_path):
         assert len(errors) == 1
         assert errors[0].startswith("error: ")
         assert words in errors[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_an_address_that_is_taken_is_named_before_the_model_is_loaded(host, tmp_path):
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        refused_address(host, taken.getsockname()[1], tmp_path / "nothing", "Address already in use")
+
+
+def test_an_address_of_another_machine_or_of_none_is_named(tmp_path):
+    key = tmp_path / "key.toml"
+    key.write_text(f'api_keys = ["{"0" * 64}"]')
+    for host, why in (("192.0.2.1", "Cannot assign requested address"), ("no.such.host.invalid", "")):
+        refused_address(host, 8000, tmp_path / "nothing", why, "--config", str(key))
+
+
+def refused_address(host: str, port: int, model: Path, why: str, *options: str) -> None:
+    """The model is not there either, but that is not what is heard of."""
+    done = subprocess.run([sys.executable, "-m", "serve", str(model), "--host", host, "--port", str(port), *options],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: host {host}, port {port}: {why}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_defaults_need_no_other_server():

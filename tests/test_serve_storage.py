@@ -7,10 +7,10 @@ import boto3
 import h5py
 import numpy as np
 import pytest
-import servers
 from serve_case import CHUNK, finished, jobs_at, left, running, submit, uninterrupted, until
 from serve_case import write as write_events
 
+from bench import servers
 from ebm.events import DataError
 from serve.storage import Storage
 
@@ -42,7 +42,7 @@ def s3():
 def refusal(settings, name):
     with pytest.raises(DataError) as error:
         Storage(settings).find(name)
-    assert str(settings.data_root) not in str(error.value).replace(name, "")
+    assert str(settings.data_root) not in str(error.value)
     return str(error.value)
 
 
@@ -65,14 +65,14 @@ def test_nothing_outside_the_root_is_found(settings, tmp_path):
     outside = ("../secret.parquet", "in/../../secret.parquet", str(tmp_path / "secret.parquet"), "/etc/passwd",
                "file.parquet", "folder/secret.parquet", "../data2/x.parquet", "..")
     for name in outside:
-        assert refusal(settings, name) == f"{name}: it is not under the data root"
+        assert refusal(settings, name) == "events_file: it is not under the data root"
     for name in ("missing.parquet", "in", "", ".", "round.parquet", "fifo.parquet", "file://x.parquet", "~/x", "toy",
                  "x.parquet/y", "%2e%2e/secret.parquet"):
-        assert refusal(settings, name) == f"{name}: there is no such file"
+        assert refusal(settings, name) == "events_file: there is no such file"
     for name in ("x.parquet\0", "x\n.parquet", "\ud800", "x.parquet?tree=\0", "x" * 5000):
         assert "printable" in refusal(settings, name)
     (root / "large.parquet").write_bytes(bytes(101))
-    assert refusal(settings, "large.parquet") == "large.parquet: 101 bytes, expected at most 100"
+    assert refusal(settings, "large.parquet") == "events_file: 101 bytes, expected at most 100"
     no_root = settings.model_copy(update={"data_root": None})
     assert "reads no local files" in refusal_without_root(no_root, "x.parquet")
 
@@ -82,12 +82,12 @@ def test_only_the_configured_buckets_are_read(settings, s3):
     s3[2].put_object(Bucket="events", Key="in/x.parquet", Body=b"here")
     assert Storage(at).find("s3://events/in/x.parquet").path == "events/in/x.parquet"
     for name in ("s3://others/x.parquet", "s3://events.others/x", "s3:///x", "s3://", "s3://EVENTS/in/x.parquet"):
-        assert refusal(at, name) == f"{name}: this service does not read from that bucket"
+        assert refusal(at, name) == "events_file: this service does not read from that bucket"
     for name in ("s3://events", "s3://events/", "s3://events/../others/x.parquet", "s3://events//in/x.parquet",
                  "s3://events/./in/x.parquet", "s3://events/in/"):
-        assert refusal(at, name) == f"{name}: expected s3://bucket/key"
+        assert refusal(at, name) == "events_file: expected s3://bucket/key"
     for name in ("s3://events/in", "s3://events/missing.parquet"):
-        assert refusal(at, name) == f"{name}: there is no such file"
+        assert refusal(at, name) == "events_file: there is no such file"
     s3[2].put_object(Bucket="events", Key="large.parquet", Body=bytes(101))
     assert "101 bytes" in refusal(at, "s3://events/large.parquet")
 
@@ -114,7 +114,7 @@ def test_a_job_from_bucket_to_bucket(tmp_path, s3):
 
 def test_a_store_that_does_not_answer_is_said_and_not_waited_for(settings):
     at = settings.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{servers.free_port()}", "s3_region": "x"})
-    assert refusal(at, "s3://events/x.parquet") == "s3://events/x.parquet: the storage does not answer, or refuses it"
+    assert refusal(at, "s3://events/x.parquet") == "events_file: the storage does not answer, or refuses it"
 
 
 def external_link(f, secret):

@@ -1,4 +1,4 @@
-"""Real servers for the tests of the service: PostgreSQL and Redis from Debian's packages, S3's protocol from moto."""
+"""Real servers for the service: PostgreSQL and Redis from Debian's packages, and the protocol of S3 from moto."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class Server:
 
     def kill(self) -> None:
         """As the kernel does when there is no memory left: with all processes that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, 9)
+        pid = self.process.pid
+        with contextlib.suppress(OSError):  # PostgreSQL gives its children sessions of their own
+            for process in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+                os.kill(int(process), 9)
         self.process.wait()
 
 
