@@ -221,7 +221,7 @@ def _rows(contender: _Contender, truth_of: Callable[[Scorer, int], Truth]) -> It
         row = blank | {"check": name}
         try:
             for figures in CHECKS[name](case):
-                yield row | _judged(figures, TOLERANCES[scorer.precision]) | {"seconds": time.perf_counter() - start}
+                yield row | _judged(figures, case.tolerance) | {"seconds": time.perf_counter() - start}
                 start = time.perf_counter()
         except NotRun as e:
             yield row | {"status": NOT_RUN, "reason": str(e)}

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from export.verify_events import NEAR, Answer, Truth
 from kernels import Scorer
 from kernels.scorer import Array
-from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score
+from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score, tolerance_of_model
 
 BATCHES = (1, 2, 3, 7, 64, 257, 4096)
 AT_LEAST, TOGETHER = 64, 257  # events that an error is taken over, and in a batch
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.scorer.precision]
+        return tolerance_of_model(self.scorer.precision, self.scorer.bundle.reports)
 
     def gives(self, output: str) -> bool:
         """Whether it has this output; an artefact may have been exported with few."""

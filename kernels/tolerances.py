@@ -16,6 +16,17 @@ TOLERANCES = {"fp64": 1e-12, "fp32": 5e-6, "tf32x3": 5e-6, "tf32": 2e-3, "fp16":
               "int8": 8e-2}
 
 
+def tolerance_of_model(precision: str, reports: dict[str, dict]) -> float:
+    """How far a Scorer of one model may be off: as `TOLERANCES` has it, or twice what the physics report says.
+
+    How far integers are off depends on how steep the network is, whatever the kernel does; the report of this model
+    (`Bundle.reports`) is what was accepted by whoever asks for the precision.
+    """
+    if (report := reports.get(precision)) is None:
+        return TOLERANCES[precision]
+    return max(TOLERANCES[precision], 2 * report["figures"][precision]["rms_energy"], 2 * (report["rms_score"] or 0.0))
+
+
 def relative_rms_energy(energy: np.ndarray, truth: np.ndarray, spread: float | None = None) -> float:
     """RMS error of the energies (n,) over the standard deviation of the true ones.
 

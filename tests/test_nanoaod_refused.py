@@ -24,7 +24,10 @@ def test_the_era_of_data_is_that_of_its_runs(tmp_path):
     assert later.schema == events.schema
     for run, era in ((254231, "2015"), (273000, "UL2016preVFP"), (279000, "UL2016postVFP"), (300000, "UL2017"),
                      (320000, "UL2018"), (356000, "2022"), (360000, "2022EE"), (367100, "2023"), (370000, "2023BPix"),
-                     (380000, "2024"), (1, None), (400000, None)):  # fmt: skip
+                     (380000, "2024"), (1, None), (400000, None),
+                     (278768, "UL2016preVFP"), (278769, "UL2016postVFP"), (278770, "UL2016preVFP"),
+                     (278801, "UL2016postVFP"), (284044, "UL2016postVFP"), (306462, "UL2017"), (306546, None),
+                     (326381, None), (359021, "2022"), (369802, "2023"), (370790, "2023BPix")):  # fmt: skip
         assert era_of_run(run, ultra_legacy=True) == era
     assert [era_of_run(r, False) for r in (273000, 279000, 300000)] == ["2016", "2016", "2017"]
     assert all(set(points) <= set(TAGGERS) and all(0 < p < 1 for p in points.values()) for points in MEDIUM.values())

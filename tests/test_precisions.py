@@ -7,7 +7,7 @@ import pytest
 from scorers import INSTRUCTION_SETS, MARKER, events, model, spreads
 
 from kernels import load_scorer
-from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score
+from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score, tolerance_of_model
 
 native_cpu = pytest.importorskip("kernels.native_cpu", reason="the C++ library was not built")
 SETS = [isa for isa in ("amx", "vnni") if isa in INSTRUCTION_SETS]
@@ -89,3 +89,13 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
         scorer_of(SETS[0], "fp16", (30, 64, 2), monkeypatch)
     with pytest.raises(RuntimeError, match="precision int16 needs AVX-512 VNNI or AMX, here the avx2 kernels run"):
         scorer_of("avx2", "int16", (30, 64, 2), monkeypatch)
+
+
+def test_a_models_tolerance_is_what_its_report_allows():
+    def report(rms_energy, rms_score):
+        return {"int16": {"figures": {"int16": {"rms_energy": rms_energy}}, "rms_score": rms_score}}
+
+    assert tolerance_of_model("int16", {}) == tolerance_of_model("int16", report(1e-4, None)) == TOLERANCES["int16"]
+    assert tolerance_of_model("int16", report(1e-4, 4e-4)) == 8e-4
+    assert tolerance_of_model("int16", report(5e-4, 4e-4)) == 1e-3
+    assert tolerance_of_model("fp32", report(5e-4, 4e-4)) == TOLERANCES["fp32"]
