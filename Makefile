@@ -45,8 +45,9 @@ servers:  ## as root on Debian: PostgreSQL, Redis, promtool and Chromium for the
 serve: setup  ## the scoring service on the demo model, at http://127.0.0.1:8000
 	$(RUN) -m serve models/demo
 
-demo: setup  ## train the committed demo model again (toy events, seed 0: half a minute)
+demo: setup  ## train the committed demo model again (toy events, seed 0: two minutes)
 	$(RUN) -m ebm train toy --out models/demo
+	$(RUN) -m ebm calibrate models/demo toy:2000000
 	-$(RUN) -m kernels calibrate models/demo toy
 
 triton-server: setup  ## .triton-server: Triton Inference Server 2.51, without docker, for its tests (half a minute)
