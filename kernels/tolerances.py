@@ -11,7 +11,7 @@ import numpy as np
 CHECK_EVENTS = 4096
 
 # Derived from measured rounding, never loosened to make a test pass: PyTorch itself has 2e-7 to 5e-7 in fp32; int16 has
-# up to 1.5e-4 and int8 up to 0.04 in the deepest networks, and what that does to the physics its report says.
+# up to 1.5e-4 and int8 up to 0.04 in the deepest random networks, and what that does to the physics its report says.
 TOLERANCES = {"fp64": 1e-12, "fp32": 5e-6, "tf32x3": 5e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2, "int16": 3e-4,
               "int8": 8e-2}
 

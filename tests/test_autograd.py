@@ -145,7 +145,7 @@ def test_the_command_trains_through_it(monkeypatch, tmp_path):
     arguments = ["train", "toy:2000", "--steps", "3", "--hidden", "16", "--out", str(tmp_path / "m")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert len(used) == 3 + 10  # steps, and the held-out loss of every level
+    assert len(used) == 3 + 3 * 10  # steps, and after each the held-out loss of every level
     assert Bundle.load(tmp_path / "m").provenance["device"] == "cpu"
     for device in ("tpu", "cuda:one", "cuda:99"):
         refused = CliRunner().invoke(app, [*arguments, "--device", device])

@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -149,8 +148,12 @@ def test_the_farthest_neighbour():
 def test_a_stopped_run_goes_on(few_baselines, folder, tmp_path, monkeypatch, jobs):
     out, fit, fits = tmp_path / "page.md", benchmark.fit_background, iter([True, True])
 
-    monkeypatch.setattr(benchmark, "fit_background", lambda *args, **options: (
-        fit(*args, **options) if next(fits, False) else signal.raise_signal(signal.SIGINT)))
+    def stopped(*args, **options):
+        if next(fits, False):
+            return fit(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "fit_background", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(folder, out, seeds=2, workers=1, settings=TINY)
     monkeypatch.setattr(benchmark, "fit_background", fit)
