@@ -38,7 +38,7 @@ def library(tmp_path_factory) -> Library:
 def demo(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "demo.febm"
     result = run(sys.executable, "-m", "kernels", "pack", ROOT / "models" / "demo", path)
-    assert "64 features, width 256, 2 residual layers, 10 noise levels (default 5)" in result.stdout
+    assert "64 features, width 256, 2 residual layers, 10 noise levels (default 7)" in result.stdout
     return path
 
 
@@ -168,7 +168,7 @@ def test_bad_arguments(library, demo, tmp_path, monkeypatch):
         ("score", (handle, at, 9, 5, to, None, None, 0), "threads is 0, expected a whole number from 1 on"),
         ("score", (handle, at, 9, 10, to, None, None, 1), "noise level k = 10 is out of range, expected 0 to 9"),
         ("score", (handle, at, 0, -1, to, None, None, 1), "noise level k = -1 is out of range, expected 0 to 9"),
-        ("score", (handle, at, 9, 4, to, None, to, 1), "flags at noise level 4, the threshold is of level 5"),
+        ("score", (handle, at, 9, 4, to, None, to, 1), "flags at noise level 4, the threshold is of level 7"),
         ("score_levels", (handle, at, 9, None, to, None, 1), "levels is NULL"),
         ("score_levels", (handle, at, 4, levels.ctypes.data, to, None, 1),
          "event 3: noise level k = 10 is out of range, expected 0 to 9"),
