@@ -17,7 +17,7 @@ from bench.peers import ENERGY, ENERGY_AND_SCORE
 from bench.timer import Timing, interleave
 from ebm.bundle import Bundle
 from kernels import BACKENDS, load_scorer
-from kernels.tolerances import CHECK_EVENTS, TOLERANCES, relative_rms_energy, relative_rms_score
+from kernels.tolerances import CHECK_EVENTS, relative_rms_energy, relative_rms_score, tolerance_of_model
 
 CALL, KERNEL = "call", "kernel"
 _INSIDE, _OUT = " (C++)", " out="  # marks of what is timed besides the call
@@ -109,7 +109,7 @@ def measure(bundle: Bundle, x: np.ndarray, plan: Plan, threads: int, notify: Cal
             if not contender.can(task):
                 continue
             notify(name, f"first call and agreement, batch {batch}", done / steps)
-            row, call = _check(contender, task, batch, threads, events, truth)
+            row, call = _check(contender, task, batch, threads, events, truth, bundle.reports)
             result.rows.append(row)
             rows[task, batch, name] = row
             if row.passed:
@@ -153,7 +153,7 @@ def _variants(contender: Contender, task: str, batch: int, threads: int, plan: P
 
 
 def _check(contender: Contender, task: str, batch: int, threads: int, events: np.ndarray,
-           truth: Sequence[np.ndarray]) -> tuple[Row, Callable[[np.ndarray], Any] | None]:
+           truth: Sequence[np.ndarray], reports: dict[str, dict]) -> tuple[Row, Callable[[np.ndarray], Any] | None]:
     """First call, then the agreement on the fixed events in calls of this batch size, which also warms up."""
     c = contender
     row = Row(c.name, c.peer, c.device, threads, task, batch, c.precision, c.peak)
@@ -182,9 +182,10 @@ def _check(contender: Contender, task: str, batch: int, threads: int, events: np
     if task == ENERGY_AND_SCORE:
         row.rel_rms_score = relative_rms_score(found[1], expected[1])
         errors.append(row.rel_rms_score)
-    row.passed = all(error <= TOLERANCES[c.precision] for error in errors)  # NaN is no agreement
+    tolerance = tolerance_of_model(c.precision, reports)
+    row.passed = all(error <= tolerance for error in errors)  # NaN is no agreement
     if not row.passed:
-        row.problem = f"wrong: further from float64 than {TOLERANCES[c.precision]:g}"
+        row.problem = f"wrong: further from float64 than {tolerance:g}"
         return row, None
     return row, call
 
