@@ -79,21 +79,21 @@ class TorchCompile(Peer):
 
     name = "torch-compile"
     modules = ("torch", "torch._dynamo", "torch._inductor.compile_fx")
-    options: dict | None = None
+    compile_options: dict | None = None
 
     def function(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
         import torch
 
         # Above its limit of programs per function, dynamo would fall back to eager without a word.
         torch._dynamo.config.recompile_limit = 1000
-        return _torch_function(torch.compile(self.graph(task), dynamic=False, options=self.options))
+        return _torch_function(torch.compile(self.graph(task), dynamic=False, options=self.compile_options))
 
 
 class TorchCompileMax(TorchCompile):
     """The same with tuned matrix products and frozen weights: slow to compile."""
 
     name = "torch-compile-max"
-    options = {"max_autotune": True}  # noqa: RUF012
+    compile_options = {"max_autotune": True}  # noqa: RUF012
 
     def function(self, task: str, batch: int) -> Callable[[np.ndarray], Any]:
         import torch

@@ -289,3 +289,15 @@ def test_measuring_needs_no_torch_in_the_parent():
 
     code = "import sys, bench.latency; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["TorchCompile", "TorchCompileMax"])
+def test_what_compiles_has_the_graph_that_others_have(name):
+    """An option of the compiler once took the name of the method that says what the graph gives."""
+    import torch
+
+    from bench import peers
+
+
+    energy, score = getattr(peers, name)(Bundle.random(3, 8, 1), 1).graph("energy_and_score")(torch.zeros(2, 3))
+    assert (energy.shape, score.shape) == ((2,), (2, 3))

@@ -13,14 +13,6 @@ from bench import servers
 from serve.database import Database, jobs, models
 
 
-@pytest.fixture(scope="module")
-def postgresql():
-    if why_not := servers.postgresql_why_not():
-        pytest.skip(why_not)
-    with servers.postgresql() as both:
-        yield both
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request, tmp_path):
     if request.param == "sqlite":

@@ -19,14 +19,6 @@ from serve.database import scored_files
 from serve.errors import Refused
 
 
-@pytest.fixture(scope="module")
-def postgresql():
-    if why_not := servers.postgresql_why_not():
-        pytest.skip(why_not)
-    with servers.postgresql() as both:
-        yield both
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def jobs(request, tmp_path):
     """Jobs over a new database, before any worker."""

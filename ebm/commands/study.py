@@ -33,8 +33,7 @@ def study(
 
     Autoencoders with two bottlenecks and two losses, the energy, an isolation forest and the number of missing values,
     before and after 20 features are added: AUROC with 95% intervals, paired differences, AUPRC, and AUROC at equal
-    number of jets, beside published figures. Writes study.md and its pictures. Three seeds take two minutes for
-    11,000 events.
+    number of jets, beside published figures. Writes study.md and its pictures. Takes some minutes for 11,000 events.
     """
     check_pictures(out, json_file)
     events = load(data)
