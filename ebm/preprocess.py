@@ -104,6 +104,14 @@ class Preprocessing:
             t[:, columns] = apply_transform(x[:, columns], code, self.scale[columns].astype(x.dtype))
         return (t - self.mean.astype(x.dtype)) * self.inv_std.astype(x.dtype)
 
+    def inverse(self, u: np.ndarray) -> np.ndarray:
+        """(n, D) preprocessed -> (n, D) raw, float64; a constant feature is given its background's value."""
+        x = self.mean + np.divide(u, self.inv_std, out=np.zeros(np.shape(u)), where=self.inv_std > 0)
+        log1p, asinh = self.transform == LOG1P, self.transform == ASINH
+        x[:, log1p] = np.sign(x[:, log1p]) * np.expm1(np.abs(x[:, log1p]))
+        x[:, asinh] = self.scale[asinh] * np.sinh(x[:, asinh])
+        return x
+
     def derivative(self, x: np.ndarray) -> np.ndarray:
         """du/dx, (n, D); 0 where the value is imputed and for a constant feature."""
         slope = np.ones_like(x)

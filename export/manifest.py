@@ -12,7 +12,6 @@ import numpy as np
 from ebm.bundle import Bundle
 from ebm.command import commit, plain, versions
 from ebm.events import DataError
-from ebm.preprocess import ASINH, LOG1P
 from export.score_graph import Options
 from kernels.registry import ARTEFACTS, load_scorer
 from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score
@@ -82,10 +81,7 @@ def golden_events(bundle: Bundle, preprocess: bool = True, n: int = GOLDEN_EVENT
     if not preprocess:
         return u.astype(np.float32)
     missing = (rng.random(u.shape) < 0.1) & ~np.isnan(p.impute)
-    t = p.mean + np.divide(u, p.inv_std, out=np.zeros_like(u), where=p.inv_std > 0)
-    x = np.where(p.transform == LOG1P, np.sign(t) * np.expm1(np.abs(t)), t)
-    x = np.where(p.transform == ASINH, p.scale * np.sinh(t), x)
-    return np.where(missing, p.marker, x).astype(np.float32)
+    return np.where(missing, p.marker, p.inverse(u)).astype(np.float32)
 
 
 def locate(artefact: Path) -> tuple[dict, str, dict]:

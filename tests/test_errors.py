@@ -118,6 +118,21 @@ def test_faithful_pulls_pass_and_false_ones_do_not():
     assert np.isnan(faithfulness(Gaussian(24), u[-1:], SIGMAS, u[y == 0])["top_minus_random"][0]["interval"]).all()
 
 
+def test_what_is_removed_becomes_what_the_other_features_imply():
+    """A sum is restored from its parts, a part from the sum: no event is made that cannot be."""
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(2000, 2))
+    u = np.column_stack([parts, parts.sum(1), rng.normal(size=2000), np.zeros(2000)])
+
+    class Impossible(Gaussian):
+        def forward(self, x, sigma_idx=None):
+            return x.square().sum(1) + 1e4 * (x[:, 0] + x[:, 1] - x[:, 2]).square()
+
+    check = faithfulness(Impossible(5), u[:50], SIGMAS, u[50:])
+    assert check["removed"] == [1, 2]  # of four that can be removed
+    assert all(abs(fall[0]) < 2 for fall in check["drop"].values())
+
+
 def test_false_positives_and_negatives(analysed):
     u, y, scores, result = analysed
     cut = result.numbers["cut"]

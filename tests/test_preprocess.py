@@ -1,10 +1,12 @@
 """Preprocessing: what is fitted, what is missing, and the derivative that the score needs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ebm.events import DataError, Schema
-from ebm.preprocess import ASINH, IDENTITY, Preprocessing
+from ebm.preprocess import ASINH, IDENTITY, LOG1P, Preprocessing
 
 SCHEMA = Schema("test", ("angle", "pt", "px", "count"), ("rad", "GeV", "GeV", ""), missing_marker=-999.0)
 
@@ -48,6 +50,15 @@ def test_the_smallest_value_of_a_long_tail_is_no_outlier():
     x = np.random.default_rng(3).lognormal(5, 1, (4000, 1)).astype(np.float32)
     x[0] = 0
     assert -3 < Preprocessing.fit(x, Schema("test", ("ht",), ("GeV",)))(x)[0, 0] < 0
+
+
+@pytest.mark.parametrize("transform", [IDENTITY, LOG1P, ASINH])
+def test_inverse_gives_the_event_back(transform):
+    p = replace(Preprocessing.fit(background(), SCHEMA), transform=np.full(4, transform))
+    x = background(100, 1).astype(np.float64)
+    np.testing.assert_allclose(p.inverse(p(x)), x, rtol=1e-9, atol=1e-9)
+    constant = replace(p, inv_std=np.zeros(4))
+    np.testing.assert_allclose(constant(constant.inverse(p(x))), 0)
 
 
 def test_values_are_float32_and_the_reference_uses_them():
