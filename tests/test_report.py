@@ -54,7 +54,8 @@ def events(n=2000, signal=0.1, **more):
     label = (np.arange(n) < signal * n).astype(np.int8)
     ht = 100 * rng.exponential(size=n) * (1 + label)
     x = np.stack([ht, rng.exponential(30, n), rng.integers(0, 4, n), ht + rng.normal(size=n), rng.normal(size=n)], 1)
-    more = {"label": label, "process": np.where(label, "<i>s</i>", "b & c"), "source": "/data/<b>d.csv", **more}
+    process = np.where(label, np.where(np.arange(n) % 2, "<i>s</i>", "heavy_s"), "b & c")
+    more = {"label": label, "process": process, "source": "/data/<b>d.csv", **more}
     return Events(SCHEMA, x.astype(np.float32), np.arange(n).astype(str), digest="d1", **more)
 
 
@@ -151,6 +152,9 @@ def test_numbers_on_the_page_are_those_of_the_json(labelled):
         assert page.row(name, fixed(points[0]["efficiency"]))[2] == between(points[0]["interval_with_cut"])
     assert page.row("all")[1:] == [short(t.energy, 6), str(t.rank), "1,800", "0.05", short(t.upper_bound), "95%", "yes"]
     assert page.row("n_jets from 0")
+    signals = n["evaluation"]["signals"]["detectors"]["energy"]
+    assert list(signals) == ["<i>s</i>", "heavy_s", "geometric_mean"]
+    assert page.row("energy", *map(fixed, signals.values()))
     flag = energy > t.energy
     for name, rows in (("background", e.label == 0), ("signal", e.label == 1)):
         k, m = int(flag[rows].sum()), int(rows.sum())
