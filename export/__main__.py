@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -140,8 +141,8 @@ def _parts(text: str | None) -> list[str] | None:
 
 def _command() -> str:
     """The command line as the manifest keeps it: of absolute paths only the names."""
-    return shlex.join(["python", "-m", "export", *(os.path.basename(a) if os.path.isabs(a) else a
-                                                   for a in sys.argv[1:])])
+    words = (re.sub(r"^(--[\w-]+=)?/.*", lambda m: (m[1] or "") + os.path.basename(m[0]), a) for a in sys.argv[1:])
+    return shlex.join(["python", "-m", "export", *words])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,11 +48,14 @@ def build(model: Bundle | str | Path, to: Iterable[str], out: str | Path, *, out
     read or an `out` that exists, RuntimeError on a target that cannot be built here and on an artefact that does not
     agree with float64.
     """
-    to, out, extra = list(dict.fromkeys(to)), Path(out), extra or {}
+    to, out, extra = [to] if isinstance(to, str) else list(dict.fromkeys(to)), Path(out), extra or {}
     if not to or set(to) - TARGETS.keys():
         raise ValueError(f"targets are {', '.join(to) or 'none'}, expected some of {', '.join(TARGETS)}")
     if foreign := sorted(extra.keys() - set(to)):
         raise ValueError(f"arguments for {', '.join(foreign)}, which is no target of this export")
+    for target, given in extra.items():
+        if unknown := sorted(given.keys() - inspect.signature(_named(TARGETS[target].export)).parameters.keys()):
+            raise ValueError(f"{target} takes no {', '.join(unknown)}")
     for target in to:
         if reason := why_not(target):
             raise RuntimeError(f"target {target!r} cannot be built: {reason}")

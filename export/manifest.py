@@ -13,12 +13,14 @@ from ebm.bundle import Bundle
 from ebm.command import commit, plain, versions
 from ebm.events import DataError
 from export.score_graph import Options
+from kernels import Scorer
 from kernels.registry import ARTEFACTS, load_scorer
 from kernels.tolerances import TOLERANCES, relative_rms_energy, relative_rms_score
 
 NAME, SOURCE = "export.json", "source"
 FORMAT, FORMAT_VERSION = "fused-ebm export", 1
 GOLDEN_EVENTS = 64
+_MODEL_FILES = ("model.json", "model.safetensors")
 _PACKAGES = ("fused-ebm", "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt")
 
 
@@ -32,7 +34,8 @@ def write(directory: Path, bundle: Bundle, options: Options, files: dict[str, di
     """
     bundle.save(directory / SOURCE)
     x = golden_events(bundle, options.preprocess)
-    energy, score = load_scorer(bundle, "reference", preprocess=options.preprocess).energy_and_score(x, options.level)
+    reference = load_scorer(bundle, "reference", preprocess=options.preprocess)
+    energy, score = reference.energy_and_score(x, options.level)
     d = bundle.schema.n_features
     shapes = {"energy": ["float32", ["batch"]], "score": ["float32", ["batch", d]], "flag": ["bool", ["batch"]],
               "energies": ["float32", ["batch", bundle.n_levels]]}
@@ -40,7 +43,7 @@ def write(directory: Path, bundle: Bundle, options: Options, files: dict[str, di
         "format": FORMAT, "format_version": FORMAT_VERSION, "command": command, "commit": commit(),
         "versions": versions(_PACKAGES), "options": asdict(options),
         "model": {"digest": bundle.digest, "kind": bundle.architecture.kind,
-                  "files": {name: digest(directory / SOURCE / name) for name in ("model.json", "model.safetensors")}},
+                  "files": {name: digest(directory / SOURCE / name) for name in _MODEL_FILES}},
         "inputs": {"events": ["float32", ["batch", d]]},
         "outputs": {name: shapes[name] for name in options.outputs},
         "features": bundle.schema.features, "units": bundle.schema.units,
@@ -50,7 +53,7 @@ def write(directory: Path, bundle: Bundle, options: Options, files: dict[str, di
     }
     _save(directory / NAME, document)
     for entry in document["files"].values():
-        entry["errors"] = _errors(directory / entry["file"], x, energy, score)
+        entry["errors"] = _errors(directory / entry["file"], reference, x, energy, score)
     _save(directory / NAME, document)
 
 
@@ -71,6 +74,16 @@ def read(directory: Path) -> dict:
                         f"{FORMAT_VERSION}")
     if missing := [key for key in ("options", "model", "files", "golden") if key not in document]:
         raise DataError(f"{path}: entry {missing[0]!r} is missing")
+    try:
+        listed = {"model": (set(document["model"]["files"]), set(_MODEL_FILES))}
+        for target, entry in document["files"].items():
+            listed[target] = set(entry["sha256"]), {entry["file"], *entry.get("also", ())}
+    except (AttributeError, KeyError, TypeError) as e:
+        raise DataError(f"{path}: entry 'model' or 'files' is damaged ({type(e).__name__}: {e})") from None
+    for name, (given, expected) in listed.items():
+        if given != expected:
+            raise DataError(f"{path}: the digests of {name!r} are of {', '.join(sorted(given)) or 'no file'}, expected "
+                            f"{', '.join(sorted(expected))}")
     return document
 
 
@@ -139,7 +152,7 @@ def _described(directory: Path, entry: dict) -> dict:
             "bytes": sum((directory / name).stat().st_size for name in names)}
 
 
-def _errors(artefact: Path, x: np.ndarray, energy: np.ndarray, score: np.ndarray) -> dict | None:
+def _errors(artefact: Path, reference: Scorer, x: np.ndarray, energy: np.ndarray, score: np.ndarray) -> dict | None:
     """Errors on the golden events, as kernels/tolerances.py defines them, and the worst event; None: not a Scorer."""
     if artefact.suffix not in ARTEFACTS:
         return None
@@ -148,11 +161,18 @@ def _errors(artefact: Path, x: np.ndarray, energy: np.ndarray, score: np.ndarray
     errors = {"energy": relative_rms_energy(its_energy, energy)}
     if its_score is not None:
         errors["score"] = relative_rms_score(its_score, score)
+    if "energies" in scorer.options.outputs:
+        errors["energies"] = max(map(relative_rms_energy, scorer.energies(x).T, reference.energies(x).T))
     tolerance = TOLERANCES[scorer.precision]
     if not all(error <= tolerance for error in errors.values()):
         measured = " and ".join(f"{error:.1e} in the {name}" for name, error in errors.items())
         raise RuntimeError(f"{artefact.name} does not agree with float64: on {len(x)} events its relative error is "
                            f"{measured}, the tolerance of {scorer.precision} is {tolerance:.0e}")
+    if "flag" in scorer.options.outputs:
+        above = energy - scorer.threshold
+        clear = np.abs(above) > 2 * tolerance * energy.std()
+        if differ := np.count_nonzero(clear & (scorer.flag(x) != (above > 0))):
+            raise RuntimeError(f"{artefact.name} does not agree with float64: {differ} of {len(x)} flags differ")
     return {**errors, "worst_event": int(np.argmax(np.abs(its_energy - energy))), "precision": scorer.precision,
             "tolerance": tolerance, "device": scorer.device}
 

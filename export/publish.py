@@ -18,15 +18,14 @@ def publish(directory: str | Path, beside: str | Path | None = None) -> Iterator
     """A new, empty directory to write into, which becomes `directory` when the block ends without an error.
 
     It lies in `beside` (default: the parent of `directory`), on the same file system, under a name that begins with a
-    dot. Everything in it is on disk before it gets its name. After an error nothing is left (the
-    whole, where only the flush of the new name failed); a crash may leave the directory with the dot. Missing parents
-    are made.
+    dot. Everything in it is on disk before it gets its name. After an error nothing is left (the whole, where only the
+    flush of the new name failed); a crash may leave the directory with the dot. Missing parents are made.
     Raises DataError, at once, where `directory` exists or cannot be written, and at the end where another process
     published it meanwhile.
     """
     path = Path(os.path.abspath(directory))
     if os.path.lexists(path):
-        raise _exists(path)
+        raise DataError(f"{path} exists: exports are never overwritten, name a new directory")
     made = [p for p in path.parents if not p.exists()]
     new = Path(os.path.abspath(beside or path.parent)) / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -42,7 +41,7 @@ def publish(directory: str | Path, beside: str | Path | None = None) -> Iterator
             os.rename(new, path)  # of two directories, the system replaces only an empty one
         except OSError:
             if os.path.lexists(path):
-                raise _exists(path) from None
+                raise DataError(f"{path} was made by another process meanwhile, and is left as it is") from None
             raise
         for p in (path, *made):
             _fsync(p.parent)
@@ -51,10 +50,6 @@ def publish(directory: str | Path, beside: str | Path | None = None) -> Iterator
         with contextlib.suppress(OSError):
             for p in made:
                 p.rmdir()
-
-
-def _exists(path: Path) -> DataError:
-    return DataError(f"{path} exists: exports are never overwritten, name a new directory")
 
 
 def _settle(new: Path) -> None:

@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from ebm.bundle import Bundle
+from ebm.events import DataError
 from export import manifest
 from export.score_graph import without_notices
 from export.to_aot_inductor import MARCH
 from kernels.scorer import Array, Scorer
+
+
+class CannotRun(RuntimeError):
+    """This machine lacks what an artefact needs: a runtime, a processor, a GPU. The artefact itself is sound."""
 
 
 class ArtefactScorer(Scorer):
@@ -31,6 +36,9 @@ class ArtefactScorer(Scorer):
         document, _, self.entry = manifest.locate(self.path)
         manifest.check_files(self.path.parent, manifest.digests(document, self.entry))
         bundle = Bundle.load(self.path.parent / manifest.SOURCE)
+        if document["model"].get("digest") != bundle.digest:
+            raise DataError(f"{self.path}: the model beside it has digest {bundle.digest[:12]}, {manifest.NAME} says "
+                            f"{str(document['model'].get('digest'))[:12]}")
         self.options = manifest.options(document, bundle)
         super().__init__(bundle, preprocess=self.options.preprocess, on_nonfinite=on_nonfinite)
         self.default_level = self.options.level
@@ -95,7 +103,7 @@ class OnnxScorer(ArtefactScorer):
         try:
             import onnxruntime
         except ImportError:
-            raise RuntimeError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
+            raise CannotRun(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = self.threads, 1
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -111,6 +119,8 @@ class OnnxScorer(ArtefactScorer):
 
 class _TorchArtefact(ArtefactScorer):
     """What torch runs. Threads are those of torch in this process: `threads` sets them for all, None leaves them."""
+
+    device = "cpu"
 
     def __init__(self, path: str | Path, *, threads: int | None = None, **options):
         super().__init__(path, threads=threads, **options)
@@ -128,18 +138,23 @@ class _TorchArtefact(ArtefactScorer):
         raise NotImplementedError
 
     def _compute(self, x, names):
+        x = x if x.flags.writeable else x.copy()  # torch knows no read-only tensors
         with self._torch.inference_mode():
-            results = self._module(self._torch.from_numpy(x))
-        return [results[self.options.outputs.index(name)].numpy() for name in names]
+            results = self._module(self._torch.from_numpy(x).to(self.device))
+        return [results[self.options.outputs.index(name)].cpu().numpy() for name in names]
 
 
 class TorchScriptScorer(_TorchArtefact):
-    """model.pt in libtorch on the CPU. Its first calls are slow: export.json says how slow."""
+    """model.pt in libtorch, on `device`, such as "cuda:0". Its first calls are slow: export.json says how slow."""
 
     name = "torchscript"
 
+    def __init__(self, path: str | Path, *, device: str = "cpu", **options):
+        self.device = device
+        super().__init__(path, **options)
+
     def _load(self):
-        return self._torch.jit.load(self.path, map_location="cpu")
+        return self._torch.jit.load(self.path, map_location=self.device)
 
 
 class AOTInductorScorer(_TorchArtefact):
@@ -151,6 +166,6 @@ class AOTInductorScorer(_TorchArtefact):
         machine, instructions = self.entry["machine"], self.entry["instructions"]
         capability = self._torch.backends.cpu.get_cpu_capability()
         if machine != platform.machine() or (instructions == MARCH and not capability.startswith("AVX")):
-            raise RuntimeError(f"{self.path} was compiled for {machine} ({instructions}), this processor is "
-                               f"{platform.machine()} ({capability})")
+            raise CannotRun(f"{self.path} was compiled for {machine} ({instructions}), this processor is "
+                            f"{platform.machine()} ({capability})")
         return self._torch._inductor.aoti_load_package(str(self.path))

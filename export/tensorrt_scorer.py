@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.scorers import ArtefactScorer
+from export.scorers import ArtefactScorer, CannotRun
 from export.to_tensorrt import listener, this_gpu, why_not
 from kernels.scorer import Array
 
@@ -31,14 +31,14 @@ class TensorRTScorer(ArtefactScorer):
     def __init__(self, path: str | Path, *, on_nonfinite: str = "raise", threads: int | None = None):
         super().__init__(path, on_nonfinite=on_nonfinite, threads=threads)
         if reason := why_not():
-            raise RuntimeError(f"{self.path} cannot run: {reason}")
+            raise CannotRun(f"{self.path} cannot run: {reason}")
         import tensorrt as trt
 
         built = self.entry["tensorrt"], self.entry["compute_capability"]
         here = trt.__version__, this_gpu()[1]
         if built != here:
-            raise RuntimeError("{} was built by TensorRT {} for {}, here are TensorRT {} and {}: an engine runs "
-                               "nowhere else, export the model again here".format(self.path, *built, *here))
+            raise CannotRun("{} was built by TensorRT {} for {}, here are TensorRT {} and {}: an engine runs nowhere "
+                            "else, export the model again here".format(self.path, *built, *here))
         self.precision, self._device = self.entry["precision"], _device()
         self.device = str(self._device)
         self._heard, self._profiles = listener(trt), self.entry["profiles"]
@@ -52,8 +52,8 @@ class TensorRTScorer(ArtefactScorer):
         try:
             self._buffers = self._empty(self._profiles[-1][2], self._shapes, self._device)
         except torch.cuda.OutOfMemoryError:
-            raise RuntimeError(f"{self.path}: the GPU has no memory for batches of {self._profiles[-1][2]} events: "
-                               "export with a smaller batch_max") from None
+            raise CannotRun(f"{self.path}: the GPU has no memory for batches of {self._profiles[-1][2]} events: "
+                            "export with a smaller batch_max") from None
 
     def energy(self, x: Array, k: Array = None, *, out: Array = None) -> Array:
         """As Scorer.energy; CUDA tensors stay on the GPU."""

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ebm.bundle import Bundle
 from export.score_graph import Options, program, without_notices
 
@@ -34,8 +36,10 @@ def onnx_model(bundle: Bundle, options: Options) -> ModelProto:
         model = torch.onnx.export(
             program(bundle, options), verbose=False, opset_version=OPSET, input_names=["events"],
             output_names=list(options.outputs), external_data=False, dynamic_shapes=({0: torch.export.Dim("batch")},),
-            custom_translation_table={torch.ops.aten.log1p.default: _log1p}).model_proto
+            custom_translation_table={torch.ops.aten.log1p.default: _log1p, torch.ops.aten.silu.default: _silu,
+                                      torch.ops.aten.sigmoid.default: _sigmoid}).model_proto
     _remove_notes(model)
+    _sum_single_columns(model.graph)
     _give_each_product_its_weight(model.graph)
     onnx.helper.set_model_props(model, _properties(bundle, options))
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -56,12 +60,50 @@ def _log1p(a):
     return op.Where(op.Equal(w, one), a, op.Mul(op.Log(w), op.Div(a, op.Sub(w, one))))
 
 
+def _sigmoid(z):
+    """By Exp: the Sigmoid of ONNX Runtime is a rational function, whose error steep networks multiply."""
+    from onnxscript import opset18 as op
+
+    one = op.Constant(value_float=1.0)
+    return op.Div(one, op.Add(one, op.Exp(op.Neg(z))))
+
+
+def _silu(z):
+    from onnxscript import opset18 as op
+
+    return op.Div(z, op.Add(op.Constant(value_float=1.0), op.Exp(op.Neg(z))))
+
+
 def _remove_notes(model: ModelProto) -> None:
     """The exporter notes where in the Python source, and in which directory, each part comes from."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+def _sum_single_columns(graph: GraphProto) -> None:
+    """The energy's product, which has one column, as a sum: ONNX Runtime adds up a product of one column less well."""
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    one_column = {v.name for v in graph.value_info if [d.dim_value for d in v.type.tensor_type.shape.dim][-1:] == [1]}
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type not in ("Gemm", "MatMul") or node.output[0] not in one_column:
+            graph.node.append(node)
+            continue
+        (x, weight, *bias), y = node.input, node.output[0]
+        graph.initializer.append(numpy_helper.from_array(weights[weight].ravel(), f"{y}.weight"))
+        graph.initializer.append(numpy_helper.from_array(np.array([-1]), f"{y}.axis"))
+        graph.node.append(helper.make_node("Mul", [x, f"{y}.weight"], [f"{y}.products"]))
+        graph.node.append(helper.make_node("ReduceSum", [f"{y}.products", f"{y}.axis"], [f"{y}.sum" if bias else y]))
+        if bias:
+            graph.node.append(helper.make_node("Add", [f"{y}.sum", *bias], [y]))
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def _give_each_product_its_weight(graph: GraphProto) -> None:

@@ -97,8 +97,7 @@ def typed_model(bundle: Bundle, options: Options, precision: str) -> ModelProto:
     """The ONNX model whose matrix products read `precision`; bias, residual sums and energy stay float32.
 
     Casting the operands up again right before a product, and the product down, is how TensorRT is told to add up in
-    float32 in a kernel that reads halves (its guide, "Control of Computational Precision"). A product with one column,
-    the energy's, is left alone.
+    float32 in a kernel that reads halves (its guide, "Control of Computational Precision").
     """
     import onnx
     from onnx import TensorProto
@@ -112,8 +111,6 @@ def typed_model(bundle: Bundle, options: Options, precision: str) -> ModelProto:
     if precision == "fp32":
         return model
     half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
-    one_column = {v.name for v in model.graph.value_info
-                  if [d.dim_value for d in v.type.tensor_type.shape.dim][-1:] == [1]}
     nodes = []
 
     def cast(x: str, y: str, dtype: int) -> str:
@@ -122,7 +119,7 @@ def typed_model(bundle: Bundle, options: Options, precision: str) -> ModelProto:
 
     for node in model.graph.node:
         y = node.output[0]
-        if node.op_type not in ("Gemm", "MatMul") or y in one_column:
+        if node.op_type not in ("Gemm", "MatMul"):
             nodes.append(node)
             continue
         operands, bias = node.input[:2], node.input[2:]

@@ -121,6 +121,7 @@ def _check_same_tensors(older: Path, bundle: Bundle, options: Options, server: d
     for what, given, expected in (
         *((key, server[key], entry.get(key)) for key in ("backend", "device", "triton_version")),
         ("features", list(bundle.schema.features), there["features"]),
+        ("units", list(bundle.schema.units), there["units"]),
         ("outputs", list(options.outputs), list(there["outputs"])),
         ("preprocess", options.preprocess, there["options"]["preprocess"]),
         ("batch_max", options.batch_max, there["options"]["batch_max"]),

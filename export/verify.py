@@ -18,6 +18,7 @@ from ebm.bundle import Bundle
 from ebm.command import commit, plain
 from ebm.events import DataError, check_schema, load_events
 from export import manifest
+from export.scorers import CannotRun
 from export.verify_checks import CHECKS, Case, NotRun
 from export.verify_events import Truth
 from kernels import BACKENDS, Scorer, load_scorer
@@ -86,7 +87,10 @@ def verify(target: str | Path | Bundle, *, data: str | Path | None = None,
     def truth(scorer: Scorer, level: int) -> Truth:
         key = (scorer.bundle.digest, scorer.bundle.threshold, level, scorer.preprocess)
         if key not in truths:
-            truths[key] = Truth(scorer.bundle, level, scorer.preprocess, real, why_not)
+            events = real, why_not
+            if scorer.bundle.schema.features != bundle.schema.features:
+                events = None, f"the real events are of {bundle.schema.name}, this model is of another schema"
+            truths[key] = Truth(scorer.bundle, level, scorer.preprocess, *events)
         return truths[key]
 
     threads = torch.get_num_threads()
@@ -115,7 +119,8 @@ def _contenders(target: str | Path | Bundle, backends: Sequence[str]) -> tuple[B
     exports = [p.parent for p in sorted(target.rglob(manifest.NAME)) if not any(
         part.startswith(".") for part in p.relative_to(target).parts)]
     if not exports:
-        raise DataError(f"{target}: nothing to verify; expected a model directory, or an export with {manifest.NAME}")
+        raise DataError(f"{target}: nothing to verify; expected a model directory, or one of exports, with "
+                        f"{manifest.NAME}")
     bundle = Bundle.load(exports[0] / manifest.SOURCE)
     artefacts = [c for d in exports for c in _artefacts(target, d)]
     if not any(c.file.endswith(".engine") for c in artefacts):
@@ -173,7 +178,7 @@ def _artefact(path: Path, entry: dict, **options: str | int) -> Scorer:
         options["threads"] = 1  # like the truth; its threads are those of torch
     try:
         return load_scorer(path, **options)
-    except RuntimeError as e:
+    except CannotRun as e:
         raise NotRun(str(e)) from None
 
 

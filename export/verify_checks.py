@@ -94,8 +94,8 @@ def _ordinary(case: Case, name: str) -> dict:
     energy, score = case(a.x)
     enough = len(a.x) >= AT_LEAST and a.energy.std() > 0
     rank = float(spearmanr(energy, a.energy).statistic) if enough else None
-    return {"of": name, **compare(case, a, energy, score, spread=(None, None) if enough else case.truth.spread),
-            "spearman": rank}
+    return {"of": name, "spearman": rank, **compare(
+        case, a, energy, score, spread=(None, None) if enough else case.truth.spread, far=not enough)}
 
 
 def adversarial(case: Case) -> Iterator[dict]:

@@ -42,8 +42,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         "flags.", style="dim"))
     failed = [_name(rows[0]) for rows in scorers.values() if _verdict(rows) == FAIL]
     passed = sum(_verdict(rows) == PASS for rows in scorers.values())
+    unproven = [_name(rows[0]) for rows in scorers.values() if rows[0]["file"] and _verdict(rows) == NOT_RUN]
     console.print(Text(f"{'PASS' if report.ok else 'FAIL'}: {passed} of {passed + len(failed)} scorers agree with "
-                       f"float64 ({about['seconds']:.0f} s)" + (f"; not {', '.join(failed)}" if failed else ""),
+                       f"float64 ({about['seconds']:.0f} s)" + (f"; not {', '.join(failed)}" if failed else "")
+                       + (f"; nothing is proven of {', '.join(unproven)}" if unproven else ""),
                        style=_STYLE[PASS if report.ok else FAIL]))
 
 

@@ -261,6 +261,24 @@ def test_a_damaged_manifest_is_refused(copied, content, message):
         load_scorer(copied / "model.pt")
 
 
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda d: d["model"].update(files={}), "digests of 'model' are of no file, expected model.json, model.safet"),
+    (lambda d: d["files"]["onnx"].update(sha256={}), "digests of 'onnx' are of no file, expected model.onnx"),
+    (lambda d: d["files"]["onnx"]["sha256"].update({"../x": ""}), r"digests of 'onnx' are of \.\./x, model.onnx, exp"),
+    (lambda d: d["files"]["onnx"].pop("sha256"), r"'files' is damaged \(KeyError: 'sha256'\)"),
+    (lambda d: d["files"]["onnx"].pop("file"), r"'files' is damaged \(KeyError: 'file'\)"),
+    (lambda d: d.update(files=[]), "'files' is damaged"),
+    (lambda d: d["model"].update(digest="0" * 64), "digest [0-9a-f]{12}, export.json says 000000000000"),
+])
+def test_a_manifest_without_its_digests_is_refused(copied, damage, message):
+    path = copied / "export.json"
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=message):
+        load_scorer(copied / "model.onnx")
+
+
 def test_options_that_do_not_fit_the_model(copied):
     text = (copied / "export.json").read_text()
     for old, new in (('"level": 5', '"level": 77'), ('"preprocess"', '"preprocessed"')):
@@ -290,6 +308,13 @@ def test_what_does_not_agree_with_float64_does_not_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(ExportGraph, "forward", lambda *a: tuple(-r if r.dim() == 2 else r for r in right(*a)))
     with pytest.raises(RuntimeError, match=r"model.pt does not agree with float64: .*2.0e\+00 in the score, the toler"):
         build(small(), ["torchscript"], tmp_path / "out")
+    for output, mistake in (("flag", torch.logical_not), ("energies", lambda r: 2 * r)):
+        def wrong(self, x, output=output, mistake=mistake):
+            return tuple(mistake(r) if name == output else r for name, r in zip(self.options.outputs, right(self, x)))
+
+        monkeypatch.setattr(ExportGraph, "forward", wrong)
+        with pytest.raises(RuntimeError, match=f"model.pt does not agree with float64: .*{output.removesuffix('s')}"):
+            build(small(), ["torchscript"], tmp_path / "out", outputs=OUTPUTS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,8 +322,10 @@ def test_bad_arguments_of_build(tmp_path, monkeypatch):
     out = tmp_path / "out"
     for to, options, error, message in (
         (["onnxx"], {}, ValueError, "targets are onnxx, expected some of torchscript, onnx"),
+        ("onnxx", {}, ValueError, "targets are onnxx, expected some of torchscript, onnx"),
         ([], {}, ValueError, "targets are none"),
         (["torchscript"], {"extra": {"triton": {"name": "a"}}}, ValueError, "arguments for triton, which is no target"),
+        (["triton"], {"extra": {"triton": {"bakend": "a"}}}, ValueError, "triton takes no bakend"),
         (["torchscript"], {"outputs": ["score"]}, ValueError, "expected energy and any of"),
     ):
         with pytest.raises(error, match=message):

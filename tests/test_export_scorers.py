@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -210,6 +211,23 @@ def test_arguments_of_load_scorer(target, make):
     ):
         with pytest.raises(ValueError, match=message):
             load_scorer(scorer.path, **options)
+
+
+def test_events_that_cannot_be_written_to(make):
+    x = events(7, 30)
+    x.flags.writeable = False
+    for target in ("torchscript", "onnx"):
+        scorer = make(target, model(*SMALL))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.array_equal(scorer.energy(x), scorer.energy(x.copy()))
+
+
+def test_torchscript_runs_where_it_is_told_to(make):
+    x = events(7, 30)
+    scorer = make("torchscript", model(*SMALL), device="cpu:0")
+    assert scorer.device == "cpu:0"
+    assert np.array_equal(scorer.energy(x), make("torchscript", model(*SMALL)).energy(x))
 
 
 def test_onnx_runtime_sleeps_while_there_is_nothing_to_do(make, monkeypatch):

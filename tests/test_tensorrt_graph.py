@@ -71,12 +71,8 @@ def test_products_read_halves_and_everything_else_is_float32(kind, precision):
     products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
     if kind != "autoencoder":
         assert len(products) == sum(node.op_type in ("Gemm", "MatMul") for node in plain.node)
-    narrow = [node for node in products if columns[node.output[0]] == 1]
-    assert bool(narrow) == (kind == "energy")
     for node in products:
-        if node in narrow:
-            assert made_by[node.input[0]].op_type != "Cast"
-            continue
+        assert columns[node.output[0]] > 1  # the energy's is a sum, in float32
         assert len(node.input) == 2
         for operand in node.input:
             through(operand)
@@ -129,7 +125,7 @@ def test_another_operator_type_or_computed_axis_is_found():
     graph = onnx.ModelProto()
     graph.CopyFrom(typed("score", "fp32"))
     nodes = {node.op_type: node for node in graph.graph.node}
-    nodes["Sigmoid"].op_type = "Gelu"
+    nodes["Exp"].op_type = "Gelu"
     nodes["IsNaN"].domain = "com.microsoft"
     nodes["ReduceSum"].input[1] = nodes["Shape"].output[0]
     next(v for v in graph.graph.value_info if v.name == nodes["Sqrt"].input[0]).type.tensor_type.elem_type = 11

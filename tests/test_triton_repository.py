@@ -135,9 +135,11 @@ def test_a_version_with_other_tensors_is_refused(tmp_path):
     before = content(tmp_path)
     wider, renamed = model(6, 64, 1), Bundle.random(5, 64, 1)
     object.__setattr__(renamed.schema, "features", ("a", "x1", "x2", "x3", "x4"))
+    other_units = replace(bundle, schema=replace(bundle.schema, units=("MeV",) * 5))
     for given, changed, keywords, message in (
         (wider, Options.of(wider), {}, r"features of version 1, \['x0', .*'x4'\], given \['x0', .*'x5'\]"),
         (renamed, Options.of(renamed), {}, r"features of version 1, .* given \['a', 'x1'"),
+        (other_units, options, {}, r"units of version 1, .* given \['MeV', "),
         (bundle, Options.of(bundle, outputs=("energy",)), {}, r"outputs of .*'score'\], given \['energy'\]"),
         (bundle, Options.of(bundle, preprocess=False), {}, "preprocess of version 1, True, given False"),
         (bundle, Options.of(bundle, batch_max=8), {}, "batch_max of version 1, 65536, given 8"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scorers import preprocessing
 
@@ -56,6 +57,11 @@ def printed(report) -> str:
 
 def failing(report) -> set[tuple[str, str]]:
     return {(row["scorer"], row["check"]) for row in of(report, status=FAIL)}
+
+
+def real_events(monkeypatch, bundle: Bundle, x: np.ndarray) -> None:
+    events = Events(bundle.schema, x, np.arange(len(x)).astype(str))
+    monkeypatch.setattr("export.verify.load_events", lambda name: events)
 
 
 def test_the_demo_model():
@@ -189,6 +195,34 @@ def test_other_options(tmp_path):
         assert {row["check"] for row in of(report, scorer="model.pt", status=NOT_RUN)} == not_run
 
 
+def test_torchscript_is_checked_on_the_gpu_too(export, monkeypatch):
+    """Where there is one; here another name of the CPU stands for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("export.verify.load_scorer", lambda path, *a, device=None, **options: load_scorer(
+        path, *a, **options | ({"device": device.replace("cuda", "cpu")} if device else {})))
+    report = verify(export, backends=())
+    assert {row["status"] for row in of(report, scorer="model.pt on the GPU", device="cpu:0")} == {PASS, NOT_RUN}
+    assert report.ok, printed(report)
+
+
+def test_a_repository_of_models_of_different_schemas(tmp_path, monkeypatch):
+    for name, d in (("a", 6), ("b", 3)):
+        build(small_model(n_features=d), ["triton"], tmp_path / "out",
+              extra={"triton": {"backend": "pytorch", "name": name}})
+    real_events(monkeypatch, small_model(), manifest.golden_events(small_model()))
+    report = verify(tmp_path / "out", backends=(), data="real")
+    assert report.ok, printed(report)
+    (row,) = of(report, scorer="triton/b/1/model.pt", check="real")
+    assert row["reason"] == "the real events are of random, this model is of another schema"
+
+
+def test_few_real_events_that_lie_far_out(monkeypatch):
+    """Relative to how far out they are, as adversarial events: ten such events have no spread of their own."""
+    real_events(monkeypatch, small_model(), 1000 * manifest.golden_events(small_model())[:10])
+    report = verify(small_model(), backends=["native", "reference"], data="real")
+    assert report.ok, printed(report)
+
+
 def test_a_repository_of_versions(tmp_path):
     """Every version has its own model; what a crash left behind, and what only a server runs, is not a version."""
     out = tmp_path / "out"
@@ -205,7 +239,10 @@ def test_a_repository_of_versions(tmp_path):
     build(small_model(), ["triton"], tmp_path / "python", extra={"triton": {"name": "m"}})
     path = tmp_path / "python" / "triton" / "m" / "1" / "model.py"
     assert not verify(tmp_path / "python", backends=()).ok  # nothing ran
-    (row,) = of(verify(tmp_path / "python", backends=()), scorer="triton/m/1/model.py")
+    report = verify(tmp_path / "python", backends=["reference"])
+    assert report.ok
+    assert printed(report).split(" s); ")[-1].split() == ["nothing", "is", "proven", "of", "triton/m/1/model.py"]
+    (row,) = of(report, scorer="triton/m/1/model.py")
     assert row["status"] == NOT_RUN
     path.write_text(path.read_text() + "\n")
     (row,) = of(verify(tmp_path / "python", backends=()), scorer="triton/m/1/model.py")
