@@ -11,8 +11,8 @@ READY := $(VENV)/.ready
 bench: setup  ## measure every backend beside its peers
 	$(RUN) -m bench.latency
 
-gpu:  ## everything about the kernel on an NVIDIA GPU (9 minutes; sets nothing up, needs numpy, torch and triton)
-	PYTHONPATH=. $(PYTHON) -m bench.gpu
+gpu:  ## everything about the kernel on an NVIDIA GPU (9 minutes; sets nothing up, needs numpy, torch and triton; OUT=DIR, GPUFLAGS=--quick)
+	PYTHONPATH=. $(PYTHON) -m bench.gpu $(if $(OUT),--out $(OUT)) $(GPUFLAGS)
 
 test: setup servers  ## a slice of every promise
 	$(RUN) -m pytest -m "not full"

@@ -22,7 +22,7 @@ from bench.gpu_device import (
     scorers,
 )
 from bench.gpu_isolate import tell
-from bench.gpu_speed import ON_DEVICE, row
+from bench.gpu_speed import CALL, ON_DEVICE, row
 from ebm.dsm import dsm_loss, geometric_sigmas
 from ebm.networks import EnergyNetwork
 from export.score_graph import ExportGraph, Options
@@ -30,6 +30,7 @@ from kernels.tolerances import TOLERANCES
 
 EAGER, ANALYTIC, COMPILED, MAX = "torch-eager", "torch-eager-analytic", "torch-compile", "torch-compile-max"
 PRODUCTS = "cublas-products"  # no peer: it computes nothing else
+_COMPILE_S = 15.0  # of torch.compile, with what is timed after it
 _SAME_MODE = {"fp32": ("fp32", "tf32x3"), "tf32": ("tf32",), "bf16": ("bf16",), "fp16": ("fp16",)}
 
 
@@ -41,7 +42,7 @@ class Analytic(nn.Module):
         graph = ExportGraph(setting.bundle, Options.of(setting.bundle))
         self.dtype, self.level = DTYPES.get(precision, torch.float32), graph.level
         self.preprocessing, self.network = graph.preprocessing, graph.network.to(self.dtype)
-        self.to(setting.device.where)
+        self.to(setting.device.where).requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         u, slope = self.preprocessing(x)
@@ -64,64 +65,59 @@ def _compile(setting: Setting, module: Callable, mode: str | None = None) -> Cal
 
 
 def peers(setting: Setting, which: str) -> None:
-    """Times on the device alone, ours and theirs in turns; one mode of the matrix products at a time.
+    """Times on the device alone, ours and theirs in turns; of a single event, theirs from NumPy to NumPy, too.
 
-    `which` is "max" for torch.compile with tuned matrix products, which takes long. The kernel for Hopper is timed
-    alone: the others have been.
+    The likeliest to be the best batch of torch.compile come first. `which` is "max" for torch.compile with tuned matrix
+    products, which takes long.
     """
     if which == "max":
         return _beside(setting, {}, "bf16", setting.pick(1 << 18, 1 << 18, 8), mode="max-autotune-no-cudagraphs")
-    ours = scorers(setting)
-    precisions = setting.pick(("bf16", "fp32", "tf32", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"))
-    precisions = [p for p in precisions if setting.kernel == "triton" or p in ours]
-    batches = setting.pick((1 << 18, 8192), (1 << 18,), (8,))
-    for batch in batches:
-        for precision in precisions:
-            attempt(f"peers {precision}, batch {batch}", lambda p=precision, n=batch: _beside(setting, ours, p, n))
+    ours, two = scorers(setting), ("bf16", "fp32")
+    todo = setting.pick([(p, 1 << n) for n in (18, 16, 14, 20, 12, 0) for p in two] + [("tf32", 1 << 18),
+                        ("fp16", 1 << 18)], [(p, 1 << n) for n in (18, 16) for p in two],
+                        [("bf16", 8), ("fp32", 8), ("fp32", 1)])
+    for precision, batch in todo:
+        what = f"peers {precision}, batch {batch}"
+        if setting.has_time(what, _COMPILE_S):
+            attempt(what, lambda p=precision, n=batch: _beside(setting, ours, p, n), ours=False)
 
 
 def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, mode: str | None = None) -> None:
     matmul_mode(precision)
     device, n = setting.device, min(batch, len(setting.events))
-    x = torch.from_numpy(setting.events).to(device.where).repeat(-(-batch // len(setting.events)), 1)[:batch]
-    x = x.contiguous()
-    truth = tuple(t[:n] for t in setting.truth)
+    x, alone = setting.resident(batch), setting.events[:batch]
     graph = Analytic(setting, precision)
     out = torch.empty(batch, device=device.where), torch.empty_like(x)
-    contenders: dict[tuple[str, str], Callable[[], Any]] = {
-        (setting.kernel, p): lambda s=ours[p]: s.energy_and_score(x, out=out)
+    contenders: dict[tuple[str, str], Callable[[Tensor], Any]] = {
+        (setting.kernel, p): lambda x, s=ours[p]: s.energy_and_score(x, out=out)
         for p in _SAME_MODE[precision] if p in ours}
     if mode:
-        contenders[MAX, precision] = _without_gradients(_compile(setting, graph, mode), x)
-    elif setting.kernel == "triton":
-        contenders |= {(EAGER, precision): lambda: graph.by_autograd(x),
-                       (ANALYTIC, precision): _without_gradients(graph, x),
-                       (COMPILED, precision): _without_gradients(_compile(setting, graph), x)}
+        contenders[MAX, precision] = _compile(setting, graph, mode)
+    else:
+        contenders |= {(EAGER, precision): graph.by_autograd, (ANALYTIC, precision): graph,
+                       (COMPILED, precision): _compile(setting, graph)}
     ready, agreement = {}, {}
     for (name, p), call in contenders.items():
-        def check(name: str = name, p: str = p, call: Callable = call) -> None:
-            agreement[name, p] = errors(tuple(r[:n] for r in call()), truth, p)
-            ready[f"{name} {p}{DEVICE}"] = on_device(device, call)
+        peer = name != setting.kernel
 
-        attempt(f"{name} {p}, batch {batch}", check)
-    if not mode and setting.kernel == "triton":
+        def check(name: str = name, p: str = p, call: Callable = call, peer: bool = peer) -> None:
+            agreement[name, p] = errors(tuple(r[:n] for r in call(x)), setting.truth, p, slice(n))
+            ready[f"{name} {p} {ON_DEVICE}{DEVICE}"] = on_device(device, lambda: call(x))
+            if peer and batch == 1:
+                ready[f"{name} {p} {CALL}"] = lambda _: [
+                    r.cpu().numpy() for r in call(torch.from_numpy(alone).to(device.where))]
+
+        attempt(f"{name} {p}, batch {batch}", check, ours=not peer)
+    if not mode:
         products = _products(setting, precision, batch)
         products()
         ready[PRODUCTS + DEVICE] = on_device(device, products)
     for told, quantiles in sample(ready, setting.sample_s).items():
-        name, _, p = told.removesuffix(DEVICE).partition(" ")
-        if name == PRODUCTS:
+        if told == PRODUCTS + DEVICE:
             tell("limits", {"products_us": {f"{precision} {batch}": quantiles["p50_us"]}})
         else:
-            row(name, name != setting.kernel, batch, p, ON_DEVICE, quantiles, agreement[name, p])
-
-
-def _without_gradients(module: Callable, x: Tensor) -> Callable[[], Any]:
-    @torch.no_grad()
-    def call() -> Any:
-        return module(x)
-
-    return call
+            name, p, timing = told.removesuffix(DEVICE).split()
+            row(name, name != setting.kernel, batch, p, timing, quantiles, agreement[name, p])
 
 
 def _products(setting: Setting, precision: str, batch: int) -> Callable[[], None]:
@@ -141,10 +137,9 @@ def training(setting: Setting, _: str) -> None:
     for batch in setting.pick((512, 8192, 65_536), (8192,), (4,)):
         for precision in setting.pick(("fp32", "tf32"), ("fp32",), ("fp32",)):
             matmul_mode(precision)
-            if setting.left() > 0.2 * setting.seconds:
-                attempt(f"training {precision}, batch {batch}", lambda p=precision, n=batch: _steps(setting, p, n))
-            else:
-                tell("not_run", {f"training {precision}, batch {batch}": "no time left"})
+            what = f"training {precision}, batch {batch}"
+            if setting.has_time(what, _COMPILE_S):
+                attempt(what, lambda p=precision, n=batch: _steps(setting, p, n), ours=False)
 
 
 def _steps(setting: Setting, precision: str, batch: int) -> None:
@@ -175,7 +170,7 @@ def _steps(setting: Setting, precision: str, batch: int) -> None:
             adam = torch.optim.Adam(network.parameters(), lr=1e-4, fused=not setting.dry)
             calls[name + DEVICE] = _timed_steps(setting, lambda: dsm_loss(score_of, u, k, noise, sigmas), adam)
 
-        attempt(f"training {precision}, batch {batch}, {name}", ready)
+        attempt(f"training {precision}, batch {batch}, {name}", ready, ours=name == "fused")
     for told, quantiles in sample(calls, 2 * setting.sample_s).items():
         name = told.removesuffix(DEVICE)
         tell("training", {"method": name, "precision": precision, "batch": batch, "step_us": quantiles["p50_us"],

@@ -10,6 +10,7 @@ from kernels.tiles import TILES
 from kernels.tune import BATCHES, OnGpu, Trial
 from kernels.tune import tune as search
 
+_ROUND_S = 10  # of compiling
 _SEARCHES = (("bf16", "throughput"), ("fp32", "throughput"), ("bf16", "latency"), ("fp32", "latency"))
 
 
@@ -26,4 +27,4 @@ def tune(setting: Setting, _: str) -> None:
                           "gain": trial.us and table[0].us / trial.us, "problem": trial.problem})
 
         attempt(f"tune triton {precision}, {regime}", lambda p=precision, r=regime, say=say: search(
-            gpu, TILES, [p], [r], say, lambda: setting.left() > 0))
+            gpu, TILES, [p], [r], say, lambda: setting.left() > _ROUND_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -78,6 +79,9 @@ class Event:
     def synchronize(self):
         pass
 
+    def query(self):
+        return False
+
     def elapsed_time(self, other):
         return 1e3 * (other.at - self.at)
 
@@ -93,10 +97,11 @@ class Graph:
 
 
 class Small(Setting):
-    """A quick run, with a smaller model."""
+    """A quick run, with a smaller model and fewer events."""
 
     sample_s = 0.01
     architecture = (7, 64, 2)
+    events = gpu_device.events(512, 7, 3)
 
 
 @pytest.fixture
@@ -112,10 +117,13 @@ def pretended(monkeypatch):
         monkeypatch.setattr(module, "tell", lambda *item: told.append(item), raising=False)
     setting = Small(60, quick=True, seed=3)
     device = Device(False)
-    device.where, device.l2 = torch.device("cpu"), lambda: 1 << 20
+    device.where, device.l2 = torch.device("cpu"), lambda: 1 << 17
     device.pinned = lambda *shape: torch.empty(shape)
     setting.__dict__["device"] = device
-    return setting, ReferenceScorer(setting.bundle, precision="fp32", on_nonfinite="propagate"), told
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them would wait for whatever else runs
+    yield setting, ReferenceScorer(setting.bundle, precision="fp32", on_nonfinite="propagate"), told
+    torch.set_num_threads(threads)
 
 
 def test_the_way_of_a_gpu_through_latency_and_throughput(pretended, monkeypatch):
@@ -125,9 +133,34 @@ def test_the_way_of_a_gpu_through_latency_and_throughput(pretended, monkeypatch)
     assert all(v["passed"] for _, v in told)
     told.clear()
     for measure in (gpu_speed._resident, gpu_speed._over_the_bus, gpu_speed._pageable):
-        measure(setting, scorer, "fp32", 5500)
+        measure(setting, scorer, "fp32", 700)
     assert [(v["where"], v["passed"]) for _, v in told] == [("device", True), ("host", True), ("pageable", True)]
-    assert told[0][1]["buffers"] == 7  # twice the cache, of 330 kB each
+    assert told[0][1]["buffers"] == 7  # twice the cache, of 42 kB each
+    told.clear()
+    gpu_speed._resident(setting, scorer, "fp32", 1)
+    assert told[0][1]["passed"]
+
+
+def test_a_device_that_waited_for_the_host_gets_a_longer_head_start(pretended, monkeypatch):
+    setting, _, _ = pretended
+    slept, calls = [], []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(Event, "query", lambda self: slept[-1] < 10_000_000)
+    assert len(setting.device.seconds(lambda: calls.append(1))) == 4
+    assert slept == [4_000_000, 16_000_000]
+    assert len(calls) == 8
+
+
+def test_what_has_no_time_left_is_told_and_not_begun(pretended, monkeypatch):
+    setting, _, told = pretended
+    monkeypatch.setattr(Small, "left", lambda self: 1.0)
+    for stage in (gpu_speed.latency, gpu_speed.throughput, gpu_peers.peers, gpu_peers.training):
+        monkeypatch.setattr(gpu_speed, "scorers", lambda setting, among=("fp32",), *_: dict.fromkeys(among))
+        monkeypatch.setattr(gpu_peers, "scorers", lambda setting: {})
+        told.clear()
+        stage(setting, "")
+        assert told
+        assert all(section == "not_run" and list(value.values()) == ["no time left"] for section, value in told)
 
 
 def test_the_way_of_a_gpu_beside_the_peers(pretended, monkeypatch):
@@ -140,6 +173,12 @@ def test_the_way_of_a_gpu_beside_the_peers(pretended, monkeypatch):
     assert all(r["passed"] for r in rows.values())
     assert rows["torch-eager", "bf16"]["rel_rms_score"] > 1e-4 > rows["torch-eager", "fp32"]["rel_rms_score"]
     assert next(v for s, v in told if s == "limits")["products_us"].keys() == {"fp32 512"}
+    told.clear()
+    gpu_peers._beside(setting, {"fp32": scorer}, "fp32", 1)
+    timed = {(v["scorer"], v["timing"]) for s, v in told if s == "results"}
+    peers = ("torch-eager", "torch-eager-analytic", "torch-compile")
+    assert timed == {("triton", "device"), *((name, timing) for name in peers for timing in ("device", "call"))}
+    assert all(v["passed"] for s, v in told if s == "results")
 
 
 class Pretends:
@@ -174,6 +213,31 @@ def test_a_precision_that_is_not_there_is_skipped(monkeypatch):
     assert "precision is 'fp7'" in told[0][1]
 
 
+def test_the_kernel_for_hopper_takes_every_model_that_it_is_tested_with(monkeypatch):
+    hopper, found = pytest.importorskip("kernels.hopper"), []
+    monkeypatch.setattr(gpu_stages, "scorer", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_stages, "_Case", lambda _, bundle, *__: found.append(bundle.architecture) or MagicMock())
+    gpu_stages.conformance(Setting(60, kernel="hopper"), "bf16")
+    assert len(found) == 2
+    assert [hopper.why_not(a.input_dim, a.hidden_dim, a.n_layers, "bf16") for a in found] == [None, None]
+
+
+@pytest.mark.parametrize(("said", "status", "told"), [
+    ("========= ERROR SUMMARY: 0 errors", 0, ("machine", {"memcheck": "ERROR SUMMARY: 0 errors"})),
+    ("Error: Device not supported", 1, ("skipped", "compute-sanitizer: device not supported")),
+    ("========= Invalid __global__ read of size 4 bytes", 9, None),
+])
+def test_memcheck_reads_what_the_sanitizer_says(said, status, told, pretended, monkeypatch, tmp_path):
+    setting, _, found = pretended
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="Invalid __global__ read") if told is None else nullcontext():
+        gpu_stages.memcheck(setting, "")
+    assert found == ([told] if told else [])
+
+
 def test_only_what_is_absent_may_be_left_out(pretended):
     _, _, told = pretended
     for problem in (gpu_device.Absent("no such precision"), KeyError("a mistake")):
@@ -181,5 +245,18 @@ def test_only_what_is_absent_may_be_left_out(pretended):
             raise problem
 
         assert gpu_device.attempt("triton fp7", call) is None
+    assert gpu_device.attempt("beside triton", call, ours=False) is None
     assert told == [("not_run", {"triton fp7": "no such precision"}), ("not_run", {"triton fp7": "'a mistake'"}),
-                    ("broken", "triton fp7")]
+                    ("broken", "triton fp7"), ("not_run", {"beside triton": "'a mistake'"})]
+
+
+def test_a_step_of_training_that_breaks_is_a_problem_where_it_is_ours(pretended, monkeypatch):
+    setting, _, told = pretended
+
+    def broken(*_):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(gpu_peers, "_METHODS", {"analytic": broken, "fused": broken})
+    monkeypatch.setattr(gpu_peers, "sample", lambda calls, seconds: {})
+    gpu_peers._steps(setting, "fp32", 4)
+    assert [value for section, value in told if section == "broken"] == ["training fp32, batch 4, fused"]
