@@ -57,8 +57,8 @@ PARAMETER = struct.Struct("<2Q")
 _DIGEST_BYTES = 32
 MODEL, LAUNCH = "model.febm-cuda", "launch.h"
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-# What the compiler finds in its environment: products and sums are fused, and line numbers would triple the file.
-ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_DISABLE_LINE_INFO": "1"}
+# What the compiler finds in its environment: line numbers would triple the file.
+ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 
 
 class Kind(IntEnum):

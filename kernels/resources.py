@@ -61,14 +61,13 @@ def count_all(cases: list[dict[str, Any]], workers: int = 2) -> list[dict[str, A
 
     What has been compiled before, of the same source, comes from Triton's cache on disk in some milliseconds.
     """
-    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
-    os.environ.update(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
     try:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             return list(pool.map(count, cases))
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
 
 
 def l2_bytes(tile: Tile, precision: str, with_score: bool, shape: tuple[int, int, int] = REFERENCE) -> float:
@@ -97,13 +96,15 @@ def l2_bytes(tile: Tile, precision: str, with_score: bool, shape: tuple[int, int
 
 def table() -> str:
     """The reference model on every chip, in every precision, with every tile, as Markdown."""
+    import triton
+
     from kernels import hopper
 
     cases = [{"cc": cc, "precision": p, "with_score": with_score, "per_event": with_score, "flagged": not with_score,
               "tile": vars(tile)} for cc in sorted(TILES) for p in PRECISIONS
              for tile in (*tiles_for(cc, p), *((hopper.TILE,) if cc == hopper.CC and p in hopper.PACKED else ()))
              for with_score in (True, False)]
-    lines = [_HEAD]
+    lines = [_HEAD.format(triton=triton.__version__, rate=L2_RATE / 1e12)]
     for case, made in zip(cases, count_all(cases)):
         tile = Tile(**case["tile"])
         crossing = l2_bytes(tile, case["precision"], case["with_score"])
@@ -120,13 +121,14 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-_HEAD = f"""# Resources of the GPU kernels
+_HEAD = """# Resources of the GPU kernels
 
-Written by `python -m kernels.resources`: the reference model (64 features, 2 layers of 256), compiled ahead of time for
-every chip of `kernels/tiles.json`. *score* is energy and score with a noise level per event, *energy* energy and flag
-at one level. Tile: events x outputs x inputs; warps: of a program x programs on a multiprocessor; registers a thread,
-shared memory and spills of a program in bytes. L2: bytes that cross L2 for an event, counted from the tile, and the
-events a second that would follow at {L2_RATE / 1e12} TB/s, about what an H100 reads, if nothing else took time.
+Written by `python -m kernels.resources`: the reference model (64 features, 2 layers of 256), compiled ahead of time by
+Triton {triton} for every chip of `kernels/tiles.json`. *score* is energy and score with a noise level per event,
+*energy* energy and flag at one level. Tile: events x outputs x inputs; warps: of a program x programs on a
+multiprocessor; registers a thread, shared memory and spills of a program in bytes. L2: bytes that cross L2 for an
+event, counted from the tile, and the events a second that would follow at {rate} TB/s, about what an H100 reads, if
+nothing else took time.
 *hopper* is the kernel with activations in shared memory: twelve warps, its stages are the ring of weights; the spills
 are addresses, put away before its loop. **Nothing here has been measured on a GPU.**
 

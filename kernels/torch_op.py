@@ -26,6 +26,8 @@ from kernels.tiles import PRECISIONS
 if TYPE_CHECKING:
     from ebm.bundle import Bundle
 
+_WHOLE = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+
 
 def _results(x: Tensor, with_score: bool) -> tuple[Tensor, ...]:
     return (x.new_empty(x.shape[:1]), torch.empty_like(x)) if with_score else (x.new_empty(x.shape[:1]),)
@@ -121,7 +123,7 @@ class FusedEnergy(nn.Module):
         self.default_level = bundle.default_level
 
     def forward(self, x: Tensor, k: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
-        """Energy (n,) and score -dE/dx (n, D) at the noise level k: None (the default), an int, or (n,) int32."""
+        """Energy (n,) and score -dE/dx (n, D) at the noise level k: None (the default), an int, or integers (n,)."""
         return energy_and_score(*self._arguments(x, k))
 
     def energy(self, x: Tensor, k: Tensor | int | None = None) -> Tensor:
@@ -129,21 +131,27 @@ class FusedEnergy(nn.Module):
         return energy(*self._arguments(x, k))
 
     def _arguments(self, x: Tensor, k: Tensor | int | None) -> tuple:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"events are {type(x).__name__}, expected a tensor")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("events require a gradient, which the fused kernel does not give: detach them, or take "
                                "kernels.autograd.energy_and_score, which is differentiable")
         if x.ndim != 2 or x.shape[1] != self.n_features:
             raise ValueError(f"expected events of shape (n, {self.n_features}), given {tuple(x.shape)}")
-        expected = f"expected 0 to {self.n_levels - 1}"
+        expected, level = f"expected 0 to {self.n_levels - 1}", 0
         if isinstance(k, Tensor):
+            if k.dtype not in _WHOLE:
+                raise TypeError(f"noise levels k are {k.dtype}, expected whole numbers")
             inside = ((k >= 0) & (k < self.n_levels)).all()
             if torch.compiler.is_compiling():  # a program does not wait for the GPU to see what is wrong
                 torch._assert_async(inside, f"a noise level k is out of range, {expected}")
             elif not inside:
-                raise ValueError(f"a noise level k is out of range, {expected}")
-            level = 0
-        else:
+                raise ValueError(f"a noise level k is out of range, {expected}, given {k.min()} to {k.max()}")
+            k = k.to(torch.int32)
+        elif k is None or (isinstance(k, int | torch.SymInt) and not isinstance(k, bool)):
             level, k = self.default_level if k is None else k, None
             if not 0 <= level < self.n_levels:
                 raise ValueError(f"noise level k = {level} is out of range, {expected}")
+        else:
+            raise TypeError(f"noise level k is {k!r}, expected a whole number or a tensor of them")
         return x, k, [getattr(self, name) for name in WEIGHTS], level, self.b_out, self.precision

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import subprocess
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
+from triton.runtime import driver
 
 from kernels.launch import INTERPRETED, LAUNCHERS, Loaded, chip, launch, load, load_hopper, too_old
 from kernels.scorer import Array, Scorer, _as
@@ -22,7 +24,11 @@ __all__ = ["TritonScorer", "compile_for", "why_not"]
 
 
 def why_not() -> str | None:
-    """None where a GPU of compute capability 8.0 or newer can be used, else the reason."""
+    """None where a GPU of compute capability 8.0 or newer can be used, else the reason.
+
+    Triton launches through a module of its own in C, which it compiles at its first use and keeps in its cache; here it
+    is asked for it.
+    """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -32,7 +38,15 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU: a build without CUDA, a driver too old for it, or no device visible"
     major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else too_old(torch.cuda.get_device_name(), major, minor)
+    if major < 8:
+        return too_old(torch.cuda.get_device_name(), major, minor)
+    try:
+        driver.active.utils  # noqa: B018
+    except (AssertionError, ImportError, OSError, RuntimeError, subprocess.SubprocessError) as e:
+        said = str(e).partition("\n")[0][:120]
+        return ("Triton cannot compile what launches its kernels, for which it needs Python.h and a C compiler (gcc, "
+                f"clang or what CC names): {said}")
+    return None
 
 
 class TritonScorer(Scorer):

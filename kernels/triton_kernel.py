@@ -240,8 +240,9 @@ def constants(features: int, hidden: int, layers: int, with_score: bool, precisi
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """What the compiler is told beside the constants."""
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers}
+    """What the compiler is told beside the constants; products and sums are fused whatever Triton's default is."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers,
+            "enable_fp_fusion": True}
 
 
 def compile_for(cc: int, *, features: int = 64, hidden: int = 256, layers: int = 2, with_score: bool = True,
@@ -262,8 +263,10 @@ def compile_for(cc: int, *, features: int = 64, hidden: int = 256, layers: int =
     types = {"k": "*i32", "flag": "*u8", "b_out": "fp32", "threshold": "fp32", "n": "i32", "first_level": "i32",
              "levels": "i32", **dict.fromkeys(("up_in", "down_in", "up", "down", "scratch"), f"*{stored}")}
     signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in fused.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] if t.startswith("*") else [] for i, t in enumerate(signature.values())
-               if t.startswith("*") or t == "constexpr"}  # as a launch says it, which then finds it compiled
+    # As a launch says it, which then finds it compiled; of the constants Triton 3.6 names those that are strings.
+    named = [name for name in fixed if isinstance(fixed[name], str) or not triton.__version__.startswith("3.6.")]
+    aligned = {(i,): [["tt.divisibility", 16]] if t.startswith("*") else []
+               for i, (name, t) in enumerate(signature.items()) if t.startswith("*") or name in named}
     constexprs = {(i,): fixed[name] for i, name in enumerate(fused.arg_names) if name in fixed}
     return triton.compile(ASTSource(fused, signature, constexprs, aligned), target=GPUTarget("cuda", cc, 32),
                           options=options(tile))

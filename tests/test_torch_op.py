@@ -24,7 +24,7 @@ SHAPE = (30, 64, 2)
 
 
 def outside_the_interpreter(code: str) -> str:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -36,7 +36,7 @@ def test_agrees_with_float64(precision):
     bundle, reference = model(*SHAPE), load_scorer(model(*SHAPE), "reference")
     fused = torch_op.FusedEnergy(bundle, precision=precision)
     x, k = events(17, 30), np.arange(17, dtype=np.int32) % 10
-    for given, level in ((None, None), (3, 3), (torch.from_numpy(k), k)):
+    for given, level in ((None, None), (3, 3), (torch.from_numpy(k), k), (torch.from_numpy(k).long(), k)):
         energy, score = fused(torch.from_numpy(x), given)
         true_energy, true_score = reference.energy_and_score(x, level)
         assert relative_rms_energy(energy.numpy(), true_energy, spreads(*SHAPE)[0]) < TOLERANCES[precision]
@@ -62,8 +62,15 @@ def test_weights_travel_as_buffers():
     (lambda f, x: f(x.requires_grad_()), RuntimeError, r"require a gradient.*kernels\.autograd"),
     (lambda f, x: f(x, 10), ValueError, "noise level k = 10 is out of range, expected 0 to 9"),
     (lambda f, x: f(x, -1), ValueError, "noise level k = -1 is out of range"),
-    (lambda f, x: f(x, torch.full((9,), 10, dtype=torch.int32)), ValueError, "k is out of range, expected 0 to 9"),
-    (lambda f, x: f(x, torch.zeros(9, dtype=torch.int64)), ValueError,
+    (lambda f, x: f(x, torch.arange(9) + 4), ValueError, "k is out of range, expected 0 to 9, given 4 to 12"),
+    (lambda f, x: f(x, torch.full((9,), 1 << 32)), ValueError, "given 4294967296 to 4294967296"),
+    (lambda f, x: f(x, torch.zeros(9)), TypeError, "k are torch.float32, expected whole numbers"),
+    (lambda f, x: f(x, torch.zeros(9, dtype=torch.bool)), TypeError, "k are torch.bool, expected whole numbers"),
+    (lambda f, x: f(x, 1.5), TypeError, "noise level k is 1.5, expected a whole number or a tensor"),
+    (lambda f, x: f(x, True), TypeError, "noise level k is True, expected a whole number or a tensor"),
+    (lambda f, x: f(x, "1"), TypeError, "noise level k is '1', expected"),
+    (lambda f, x: f(x.numpy()), TypeError, "events are ndarray, expected a tensor"),
+    (lambda f, x: torch_op.energy(x, torch.zeros(9, dtype=torch.int64), list(f.buffers()), 0, 0.0, "fp32"), ValueError,
      r"k are torch.int64\[9\], expected torch.int32\[9\]"),
     (lambda f, x: f(x, torch.zeros(8, dtype=torch.int32)), ValueError,
      r"k are torch.int32\[8\], expected torch.int32\[9\]"),
@@ -106,7 +113,7 @@ from kernels.torch_op import FusedEnergy
 
 fused, x, k = FusedEnergy(Bundle.random(5, 64, 1)), torch.randn(9, 5), torch.zeros(9, dtype=torch.int32)
 n = torch.export.Dim("n")
-for given, shapes in (((x,), ({0: n},)), ((x, k), ({0: n}, {0: n}))):
+for given, shapes in (((x,), ({0: n},)), ((x, k), ({0: n}, {0: n})), ((x, k.long()), ({0: n}, {0: n}))):
     torch.export.save(torch.export.export(fused, given, dynamic_shapes=shapes), sys.argv[1])
     program = torch.export.load(sys.argv[1])
     assert torch.ops.fused_ebm.energy_and_score.default in [node.target for node in program.graph.nodes]
@@ -125,7 +132,7 @@ for backend in ("eager", "aot_eager"):
 def test_export_and_compile_keep_the_operator(tmp_path):
     code = EXPORT.replace("sys.argv[1]", repr(str(tmp_path / "model.pt2")))
     lines = outside_the_interpreter(code).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all("events are on cpu: the fused kernel runs on CUDA tensors" in line for line in lines)
 
 

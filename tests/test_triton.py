@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +39,16 @@ def test_why_not_without_a_driver(monkeypatch):
     assert "no NVIDIA driver" in triton_gpu.why_not()
 
 
+def pretend_gpu(monkeypatch, available, capability, built):
+    """`built()` is where Triton compiles what launches."""
+    monkeypatch.setattr(triton_gpu.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    active = type("Driver", (), {"utils": property(lambda self: built())})()
+    monkeypatch.setattr(triton_gpu, "driver", SimpleNamespace(active=active))
+
+
 @pytest.mark.parametrize(("available", "capability", "words"), [
     (False, None, ["PyTorch sees no CUDA GPU"]),
     (True, (7, 5), ["Tesla T4", "sm_75", "no tensor-core code", "TensorRT", "TorchScript"]),
@@ -46,12 +58,24 @@ def test_why_not_without_a_driver(monkeypatch):
     (True, (12, 0), None),
 ])
 def test_why_not_of_a_gpu(monkeypatch, available, capability, words):
-    monkeypatch.setattr(triton_gpu.ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    pretend_gpu(monkeypatch, available, capability, lambda: None)
     said = triton_gpu.why_not()
     assert said is None if words is None else all(word in said for word in words)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),  # Triton's words
+    FileNotFoundError(2, "No such file or directory", "/nowhere/cc"),
+    CalledProcessError(1, ["gcc", "cuda_utils.c"]),
+    AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+])
+def test_why_not_where_triton_cannot_compile_what_launches(monkeypatch, error):
+    def build():
+        raise error
+
+    pretend_gpu(monkeypatch, True, (9, 0), build)
+    words = "needs Python.h and a C compiler (gcc, clang or what CC names): " + str(error).partition("\n")[0]
+    assert triton_gpu.why_not() == "Triton cannot compile what launches its kernels, for which it " + words
 
 
 def test_unknown_precision_is_refused():
