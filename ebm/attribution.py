@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ebm.metrics import interval
-from ebm.style import BLUE, GREY, PURPLE, RED, progress
+from ebm.style import BLUE, DIVERGING, GREY, PURPLE, RED, label, progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,31 +50,48 @@ def preprocessed(model: Any, x: np.ndarray) -> np.ndarray:
     return model.bundle.preprocessing(x) if hasattr(model, "attribution") and model.preprocess else x
 
 
-def pulls(model: Any, x: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
-    """(n, D): by how many background spreads each feature lies above where the model expects it, given the others.
+def pulls(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.ndarray) -> np.ndarray:
+    """(n, D): how strongly each feature raises the energy of x (n, D), in units of what is usual for it in background.
 
-    That is sigma^2 dE/du = u - E[clean u | u] at the model's default noise level, after Tweedie (Efron, J. Am. Stat.
-    Assoc. 106, 1602, 2011); for an autoencoder, whose energy is a mean of squares, D / 2 dE/du. Positive: a smaller
-    value would be more ordinary. x (n, D) are raw events for a Scorer, which gives 0 for a missing or constant feature,
-    and preprocessed ones for a network, which cannot tell imputed values from others and pulls at them too.
+    dE/du at every noise level over its RMS in the background events `normal` (m, D), averaged over the levels (high
+    noise sees what lies far out, low noise what breaks a correlation), and again over its RMS: 1 is ordinary, 3 three
+    times what is usual for that feature. Positive: a smaller value would be more ordinary. Only events that have a
+    feature count in its RMS; where that is 0 the pull is. An autoencoder has one level; a Gaussian's pull at one level
+    is the feature's distance from what the others imply. Events are raw for a Scorer, whose pull at a missing or
+    constant feature is 0, and preprocessed for a network, which cannot tell imputed values from others.
     Raises ValueError where `sigmas` are not the model's in number.
     """
     scorer = hasattr(model, "attribution")
     levels = model.n_levels if scorer else model.n_sigmas
-    if (model.bundle.architecture.kind if scorer else model.kind) == "autoencoder":
-        scale = x.shape[1] / 2
-    elif len(sigmas) != levels:
+    autoencoder = (model.bundle.architecture.kind if scorer else model.kind) == "autoencoder"
+    if not autoencoder and len(sigmas) != levels:
         raise ValueError(f"{len(sigmas)} noise levels given, the model has {levels}")
-    else:
-        scale = sigmas[model.default_level] ** 2
-    if scorer:
-        return scale * np.asarray(model.attribution(x), np.float64)
+    pull, of_normal = np.zeros(x.shape), np.zeros(normal.shape)
+    for k in range(levels):
+        gradient = _gradient(model, normal, None if autoencoder else k)
+        usual = _usual(gradient)
+        pull += _gradient(model, x, None if autoencoder else k) / usual
+        of_normal += gradient / usual
+    return pull / _usual(of_normal)
+
+
+def _gradient(model: Any, x: np.ndarray, k: int | None) -> np.ndarray:
+    """dE/du (n, D) at noise level k, float64."""
+    if hasattr(model, "attribution"):
+        return np.asarray(model.attribution(x, k), np.float64)
     import torch
 
     parameter = next(model.parameters())
+    level = () if k is None else (torch.full((len(x),), k, device=parameter.device),)
     with torch.no_grad():
-        _, score = model.energy_and_score(torch.as_tensor(x, dtype=parameter.dtype, device=parameter.device))
-    return -scale * score.cpu().numpy().astype(np.float64)
+        _, score = model.energy_and_score(torch.as_tensor(x, dtype=parameter.dtype, device=parameter.device), *level)
+    return -score.cpu().numpy().astype(np.float64)
+
+
+def _usual(values: np.ndarray) -> np.ndarray:
+    """(D,): RMS of what is not 0 in values (m, D); infinite where all is, so that what is divided by it becomes 0."""
+    rms = np.sqrt((values**2).sum(axis=0) / np.maximum(np.count_nonzero(values, axis=0), 1))
+    return np.where(rms > 0, rms, np.inf)
 
 
 def group(features: Sequence[str]) -> dict[str, list[int]]:
@@ -87,14 +104,25 @@ def group(features: Sequence[str]) -> dict[str, list[int]]:
     return groups
 
 
-def group_pulls(pull: np.ndarray, x: np.ndarray, groups: dict[str, list[int]]) -> np.ndarray:
-    """(n, G): the length of the pulls (n, D) of a group, positive where less of it would make the event more ordinary.
+def group_pulls(pull: np.ndarray, x: np.ndarray, features: Sequence[str]) -> np.ndarray:
+    """(n, G) for the groups of `features`: RMS of a group's pulls (n, D) over those that are not 0, so 1 is ordinary.
 
-    "Less" is smaller in magnitude, whatever the sign of a value of x (n, D): a softer object, fewer jets, a lower mass.
+    Positive where less of the group would make the event more ordinary. "Less" is smaller in magnitude, whatever the
+    sign of a value of x (n, D): a softer object, fewer jets, a lower mass. An object's eta and phi do not count there.
     """
-    outward = pull * np.where(x < 0, -1, 1)
-    return np.stack([np.linalg.norm(pull[:, members], axis=1) * np.where(outward[:, members].sum(axis=1) < 0, -1, 1)
-                     for members in groups.values()], axis=1)
+    outward, columns = pull * np.where(x < 0, -1, 1), []
+    for members in group(features).values():
+        present = np.maximum(np.count_nonzero(pull[:, members], axis=1), 1)
+        sizes = [j for j in members if not features[j].endswith(("_eta", "_phi"))] or members
+        columns.append(np.linalg.norm(pull[:, members], axis=1) / np.sqrt(present)
+                       * np.where(outward[:, sizes].sum(axis=1) < 0, -1, 1))
+    return np.stack(columns, axis=1)
+
+
+def energy_spread(energy: np.ndarray) -> float:
+    """Standard deviation of energies (n,); 0 where it is no more than rounding."""
+    spread = float(energy.std())
+    return spread if spread > 1e-6 * max(1.0, float(np.abs(energy).max())) else 0.0
 
 
 def faithfulness(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.ndarray, seed: int = 0) -> dict:
@@ -105,17 +133,18 @@ def faithfulness(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.
     be, such as sums of momenta that are not the momenta's sum, and an energy is high for those; Frye et al.,
     arXiv:2006.01272.) Removed are those with the largest pulls, those that lie farthest out, and random ones (of 10
     draws the mean), always among the features an event has. `drop` has the mean fall of the energy in units of its
-    spread over `normal`, for each number in `removed`; `top_minus_random` the difference between largest pulls and
-    random, with its 95% interval over resampled events (NaN for a single one), and `better` the share of events in
-    which it is positive.
+    spread over `normal`, for each number in `removed`, and `excess` by how much the energy exceeds its mean over
+    `normal`; `top_minus_random` the difference between largest pulls and random, with its 95% interval over resampled
+    events (NaN for a single one), and `better` the share of events in which it is positive.
+    Raises ValueError where the energies of `normal` have no spread.
     """
     from sklearn.covariance import LedoitWolf
 
     rng = np.random.default_rng(seed)
-    pull, before = np.abs(pulls(model, x, sigmas)), energies(model, x, sigmas)
-    spread, there = float(energies(model, normal, sigmas).std()), ~np.isnan(normal).all(axis=0)
-    if not spread > 0:
-        raise ValueError(f"the energies of {len(normal)} normal event(s) have no spread to compare with")
+    pull, before = np.abs(pulls(model, x, sigmas, normal)), energies(model, x, sigmas)
+    usual, there = energies(model, normal, sigmas), ~np.isnan(normal).all(axis=0)
+    if not (spread := energy_spread(usual)):
+        raise ValueError(f"the energies of {len(normal)} normal events have no spread to compare with")
     u, raw = preprocessed(model, x), hasattr(model, "attribution") and model.preprocess
     usable, distance = (pull != 0) & there, np.abs(u)
     background = LedoitWolf().fit(preprocessed(model, normal))  # shrunk: fewer events than features are enough
@@ -141,8 +170,8 @@ def faithfulness(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.
         resampled = difference[rng.integers(len(x), size=(_RESAMPLES, len(x)))].mean(axis=1)
         differences.append({"mean": float(difference.mean()), "better": float((difference > 0).mean()),
                             "interval": interval(resampled) if len(x) > 1 else (float("nan"),) * 2})
-    return {"n_events": len(x), "energy_spread": spread, "removed": removed, "drop": drops,
-            "top_minus_random": differences}
+    return {"n_events": len(x), "energy_spread": spread, "excess": float((before.mean() - usual.mean()) / spread),
+            "removed": removed, "drop": drops, "top_minus_random": differences}
 
 
 def _implied(u: np.ndarray, taken: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
@@ -154,8 +183,8 @@ def _implied(u: np.ndarray, taken: np.ndarray, mean: np.ndarray, precision: np.n
     return implied
 
 
-def draw_faithfulness(ax: Axes, result: dict) -> None:
-    """The mean fall of the energy against the number of features removed."""
+def draw_faithfulness(ax: Axes, result: dict, of: str = "background") -> None:
+    """The mean fall of the energy against the number of features removed; its unit is the spread of energies `of`."""
     looks = {"largest pulls": (RED, "o-"), "farthest out": (PURPLE, "s--"), "random": (GREY, "^:")}
     for name, (colour, style) in looks.items():
         ax.plot(result["removed"], result["drop"][name], style, color=colour, label=name)
@@ -167,23 +196,38 @@ def draw_faithfulness(ax: Axes, result: dict) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(result["removed"], map(str, result["removed"]))
     ax.set_xlabel("features replaced by what the others imply")
-    ax.set_ylabel("mean fall of the energy [spread over background]")
+    ax.set_ylabel(f"mean fall of the energy\n[spread of {of} energies]")
     ax.legend(title=f"the {result['n_events']} highest-scoring events")
 
 
-def draw_pulls(ax: Axes, pull: Sequence[float], names: Sequence[str], usual: Sequence[float], bars: int = 14) -> None:
-    """The largest pulls as bars, the largest on top, over what is usual in normal events (RMS, grey)."""
+def draw_pulls(ax: Axes, pull: Sequence[float], names: Sequence[str], of: str = "background", bars: int = 10) -> None:
+    """The largest pulls as bars, the largest on top, over what is usual in the events that are called `of` (grey)."""
     shown = [j for j in np.argsort(-np.abs(pull))[:bars] if pull[j] != 0]
-    y = np.arange(len(shown))
-    width = np.array([usual[j] for j in shown])
-    ax.barh(y, 2 * width, left=-width, height=0.85, color="0.87", label="normal events, RMS")
-    values = np.array([pull[j] for j in shown])
-    ax.barh(y, values, height=0.5, color=np.where(values > 0, RED, BLUE).tolist())
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(y, [names[j] for j in shown])
+    y, values = np.arange(len(shown)), np.array([pull[j] for j in shown])
+    ax.axvspan(-1, 1, color="0.9", label=f"usual in {of}")
+    ax.barh(y, values, height=0.6, color=np.where(values > 0, RED, BLUE).tolist(), zorder=2)
+    ax.axvline(0, color="black", linewidth=0.8, zorder=3)
+    ax.set_yticks(y, [names[j] for j in shown], fontsize=10, linespacing=0.95)
     ax.tick_params(axis="y", which="both", length=0)
-    ax.set_ylim(max(len(shown), 8) - 0.4, -0.6)
-    reach = 1.1 * max(np.abs(values).max(initial=0), width.max(initial=0), 1e-9)
+    ax.set_ylim(bars - 0.4, -0.6)
+    reach = 1.1 * np.abs(values).max(initial=1.4)
     ax.set_xlim(-reach, reach)
-    ax.set_xlabel("pull [background spread]")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, borderaxespad=0.2)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel(f"pull [RMS in {of}]")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def draw_group_pulls(ax: Axes, pull: np.ndarray, groups: Sequence[str], events: Sequence[str], largest: float,
+                     of: str = "background") -> None:
+    """Pulls (n, G) of several events, highest score first, as colours on a scale up to `largest` and as numbers."""
+    image = ax.imshow(pull, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto")
+    for (i, j), value in np.ndenumerate(pull):
+        if value:
+            ax.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=10,
+                    color="white" if abs(value) > 0.65 * largest else "black")
+    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    ax.set_yticks(range(len(events)), events)
+    ax.tick_params(which="both", top=False, right=False, direction="out")
+    ax.minorticks_off()
+    ax.set_ylabel("rank by score")
+    ax.figure.colorbar(image, ax=ax, label=label("pull", f"RMS in {of}"))

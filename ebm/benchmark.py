@@ -160,7 +160,7 @@ def piece(data: DataSet, seed: int, settings: dict) -> dict:
     method, level = chosen["method"], chosen["level"]
     training = {k: v for k, v in chosen.items() if k not in _NOT_TRAINING}
     scores, seconds = {}, {}
-    with _one_thread(), warnings.catch_warnings():
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant features are in the result
         start = time.perf_counter()
         bundle, _ = fit_background(sample.train, sample.schema, seed=seed, progress=False, **training)
@@ -198,7 +198,9 @@ def piece(data: DataSet, seed: int, settings: dict) -> dict:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Within the block PyTorch and scikit-learn have one thread: faster for small networks, and the number of cores
+    changes no bit."""
     import torch
     from threadpoolctl import threadpool_limits  # of scikit-learn
 

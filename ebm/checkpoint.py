@@ -27,6 +27,7 @@ class History:
     held_out_loss: list[float] = field(default_factory=list)  # of the averaged weights, at the same steps
     held_out_per_level: list[float] = field(default_factory=list)  # of the weights that were kept, (L,)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of all threads of the process
 
 
 class Run:

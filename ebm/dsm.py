@@ -139,6 +139,7 @@ def train(network: nn.Module, u: Tensor, sigmas: Sequence[float], *, mask: Tenso
         if checkpoint.exists():
             run.read(checkpoint, about)
     recent, started = [], time.perf_counter() - run.history.seconds
+    cpu_started = time.process_time() - run.history.cpu_seconds
 
     with _progress(progress) as bar:
         task = bar.add_task("training", total=steps, completed=run.step, loss="")
@@ -157,6 +158,7 @@ def train(network: nn.Module, u: Tensor, sigmas: Sequence[float], *, mask: Tenso
                     with run.averaged():
                         run.compare(held_out_losses(score_of, *held_out[:2], sigma, width=held_out.width), s.patience)
                 run.history.seconds = time.perf_counter() - started
+                run.history.cpu_seconds = time.process_time() - cpu_started
                 if checkpoint:
                     run.write(checkpoint, about)
                 bar.update(task, loss=f"loss {run.history.train_loss[-1]:.2f}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ebm.attribution import (
     HEADLINE,
     draw_faithfulness,
+    draw_group_pulls,
     draw_pulls,
+    energies,
+    energy_spread,
     faithfulness,
     group,
     group_pulls,
@@ -27,13 +30,11 @@ from ebm.folds import trained_on
 from ebm.preprocess import Preprocessing
 from ebm.style import (
     ANOMALOUS,
-    DIVERGING,
     NORMAL,
     Feature,
     Pictures,
     Series,
     figure,
-    label,
     number,
     pages,
     progress,
@@ -41,14 +42,14 @@ from ebm.style import (
     written,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 REJECTION = 0.99
 _PANELS = 12  # of the features that differ most
-_FEWEST = 5  # values of either class for a comparison of a feature
+_FEWEST = 5  # events, and values of a feature, on either side of a comparison
 _CHECKED = (30, 300)  # events in the check of the pulls: the highest 5%, within these bounds
-_NORMAL = 2000  # normal events that it compares with
+_VISIBLE = 50  # false positives that can be looked at
+_NORMAL = 2000  # background events that pulls and their check compare with,
+_ENOUGH = 10  # and the fewest that tell what is usual
+_CLASSES = {None: "", 0: "background", 1: "signal"}
 
 
 def errors(bundle: Bundle, events: Events, scorer: Any, *, rejection: float = REJECTION, seed: int = 0) -> Pictures:
@@ -69,68 +70,90 @@ def error_analysis(model: Any, X_test: np.ndarray, y_test: np.ndarray | None, sc
     """False positives, false negatives, and why the highest-scoring events score so high.
 
     `model` is a Scorer, with raw events X_test (n, D), or a network, with preprocessed ones; `scores` (n,) are high
-    for anomalous events, y_test (n,) marks anomalies by 1, or is None. False positives are the normal events above the
-    cut that keeps a share 1 - `rejection` of them, false negatives the anomalous ones at or below it.
+    for anomalous events, y_test (n,) marks signal by 1, background by 0, or is None. False positives are the background
+    events above the cut that keeps a share 1 - `rejection` of them, or half where that is fewer than 50, or 50; false
+    negatives the signal events at or below it. The model's own threshold keeps too few of a sample for histograms; it
+    is the cut where there is no background to choose one.
 
     Figures: `false_positives` and `false_negatives`, histograms of the features that differ most from the bulk;
     `candidates`, the pulls of the `n_top` highest scores by object, whatever their label; `candidate_1`, ..., each
     one's pulls by feature and object, and the event along the beam where its schema names objects and the events are
     raw; `faithfulness`. `numbers` has what they show, `notes` what could not be said. The pulls are those of
-    `attribution.pulls`. Raises DataError on arrays that do not fit together and on scores that are NaN.
+    `attribution.pulls`; what is usual is that in background, or in all events without labels.
+    Raises DataError on arrays that do not fit together and on scores that are NaN.
     """
     if not 0 <= rejection < 1:
         raise ValueError(f"rejection is {rejection}, expected at least 0 and less than 1")
     scorer = hasattr(model, "attribution")
     x, y, scores = _checked(X_test, y_test, scores, model.n_features if scorer else model.input_dim)
-    raw = scorer and model.preprocess
+    for what, given in (("event_id", event_id), ("process", process)):
+        if given is not None and len(given) != len(x):
+            raise DataError(f"{what} has {len(given)} entries, expected one for each of {len(x)} events")
+    raw, threshold = scorer and model.preprocess, getattr(model, "threshold", None)
     if raw:
         x = np.where(model.bundle.preprocessing.missing(x), np.float32(np.nan), x)
     names, units = _columns(model if scorer else None, x.shape[1], feature_names, raw)
     result = Pictures(numbers={"n_events": len(x), "sigma": sigmas[model.default_level] if len(sigmas) else None})
-    if getattr(model, "threshold", None) is not None:
-        result.numbers["above_the_models_threshold"] = int(np.count_nonzero(scores > model.threshold))
+    if threshold is not None:
+        result.numbers["above_the_models_threshold"] = int(np.count_nonzero(scores > threshold))
+    u, usual = preprocessed(model, x), "these events" if y is None else "background"
     with styled():
         if y is None:
-            result.notes.append("no labels: false positives and false negatives cannot be told, only the highest "
-                                "scores and their pulls")
+            result.notes.append("no labels: false positives and false negatives cannot be told")
         else:
-            norm = np.linalg.norm(preprocessed(model, x), axis=1)
-            _mistakes(result, _histogrammed(x, names, units), x, norm, y, scores, rejection, process)
+            _mistakes(result, _histogrammed(x, names, units), x, np.linalg.norm(u, axis=1), y, scores, rejection,
+                      threshold, process)
         normal = x if y is None else x[y == 0]
         normal = normal[np.random.default_rng(seed).permutation(len(normal))[:_NORMAL]]
         top = np.argsort(-scores, kind="stable")
         titles = [{"event": str(event_id[i]) if event_id is not None else str(i), "score": float(scores[i]),
                    "label": None if y is None else int(y[i]), "process": None if process is None else str(process[i])}
                   for i in top[:n_top]]
-        _candidates(result, x[top[:n_top]], normal, titles, names, units, raw, lambda part: pulls(model, part, sigmas))
-        if len(normal) < 2:
-            result.notes.append(f"{len(normal)} normal event(s), so nothing to compare the check of the pulls with")
-        else:
-            highest = x[top[: int(np.clip(len(x) // 20, *_CHECKED))]]
-            result.numbers["faithfulness"] = check = faithfulness(model, highest, sigmas, normal, seed)
-            result.figures["faithfulness"] = fig = figure(7, 5)
-            draw_faithfulness(fig.subplots(), check)
+        if len(normal) < _ENOUGH:
+            result.notes.append(f"fewer than {_ENOUGH} {'background ' if y is not None else ''}events ({len(normal)}): "
+                                "what is usual is not known, so the highest scores have no pulls")
+            result.numbers["candidates"] = [entry | {"features": [], "groups": {}} for entry in titles]
+            return result
+        best = top[:n_top]
+        _candidates(result, x[best], u[best], pulls(model, x[best], sigmas, normal), titles, names, units, raw, usual)
+        if not energy_spread(energies(model, normal, sigmas)):
+            result.notes.append(f"the energies of {usual} have no spread, so the pulls cannot be checked")
+            return result
+        highest = x[top[: int(np.clip(len(x) // 20, *_CHECKED))]]
+        of = "all" if y is None else "background"
+        result.numbers["faithfulness"] = check = faithfulness(model, highest, sigmas, normal, seed) | {"of": of}
+        result.figures["faithfulness"] = fig = figure(7, 5)
+        draw_faithfulness(fig.subplots(), check, of)
     return result
 
 
 def summary(numbers: dict) -> list[str]:
     """The figures of `error_analysis` in sentences."""
-    lines = []
-    for kind, text in (("false_positives", "normal events above the cut"),
-                       ("false_negatives", "anomalous events not above the cut")):
+    lines, chosen = [], numbers.get("rejection") is not None
+    above = numbers.get("above_the_models_threshold")
+    for kind, text in (("false_positives", "background events are"), ("false_negatives", "signal events are not")):
         n = numbers.get(kind, {"n": 0})
-        if n["n"]:
-            lines.append(f"{n['n']:,} of {n['of']:,} {text} {numbers['cut']:.4g}: half of them lie farther out (|u|) "
-                         f"than {n['norm_quantile']:.0%} of normal events")
+        if not n["n"]:
+            continue
+        line = f"{n['n']:,} of {n['of']:,} {text} above the {'cut' if chosen else 'threshold'} {numbers['cut']:.4g}"
+        if kind == "false_positives":
+            line += ", chosen so that some can be looked at" + (
+                "" if above is None else
+                f" (above the model's own threshold: {above:,} of all {numbers['n_events']:,} events)")
+        if "features" in n:
+            of = "background" if chosen else "the signal above it"
+            line += f"; half of them lie farther from the mean of background than {n['norm_quantile']:.0%} of {of}"
             if leading := [f"{f['feature']} ({f['ks']:.2f})" for f in n["features"][:3] if f["ks"] >= 0]:
-                lines[-1] += f"; most unlike normal events in (KS) {', '.join(leading)}"
-            if n["processes"]:
-                lines[-1] += "; " + ", ".join(f"{share:.0%} {name}" for name, share in n["processes"].items())
+                line += f"; most unlike {of} in (KS) {', '.join(leading)}"
+        if n["processes"]:
+            line += "; " + ", ".join(f"{share:.0%} {name}" for name, share in n["processes"].items())
+        lines.append(line)
     if check := numbers.get("faithfulness"):
         i = check["removed"].index(HEADLINE) if HEADLINE in check["removed"] else -1
         d, (top, random) = check["top_minus_random"][i], (check["drop"][k][i] for k in ("largest pulls", "random"))
         lines.append(f"removing the {check['removed'][i]} features with the largest pulls {_moves(top)} the energy of "
-                     f"the {check['n_events']:,} highest-scoring events by {abs(top):.2f} background spreads, removing "
+                     f"the {check['n_events']:,} highest-scoring events by {abs(top):.2f} times the spread of "
+                     f"{check['of']} energies, above whose mean they lie by {check['excess']:.2f} spreads; removing "
                      f"random ones {_moves(random)} it by {abs(random):.2f}; difference {d['mean']:.2f} "
                      f"[{d['interval'][0]:.2f}, {d['interval'][1]:.2f}], larger in {d['better']:.0%} of events")
     return lines
@@ -167,39 +190,48 @@ def _histogrammed(x: np.ndarray, names: Sequence[str], units: Sequence[str]) -> 
 
 
 def _mistakes(result: Pictures, features: list[Feature], x: np.ndarray, norm: np.ndarray, y: np.ndarray,
-              scores: np.ndarray, rejection: float, process: np.ndarray | None) -> None:
+              scores: np.ndarray, rejection: float, threshold: float | None, process: np.ndarray | None) -> None:
     """False positives and negatives into `result`: a picture of the features that tell most, and numbers."""
-    normal, anomalous = y == 0, y == 1
-    if normal.sum() < 2:
-        result.notes.append(f"{normal.sum()} of {len(y)} events are normal, too few for a cut, so neither false "
-                            "positives nor false negatives are shown")
+    background, signal = y == 0, y == 1
+    chosen, few = background.sum() >= 2, f"{background.sum()} of {len(y)} events are background, too few for a cut"
+    if chosen:
+        rejection = min(rejection, max(0.5, 1 - _VISIBLE / background.sum()))
+        cut = cut_at_rejection(scores[background], rejection)
+    elif threshold is not None:
+        cut = threshold
+        result.notes.append(f"{few}: the model's threshold is taken, and no false positives are shown")
+    else:
+        result.notes.append(f"{few}, so neither false positives nor false negatives are shown")
         return
-    if not anomalous.any():
-        result.notes.append(f"none of {len(y)} events is anomalous, so there are no false negatives")
-    cut = cut_at_rejection(scores[normal], min(rejection, 1 - 1 / normal.sum()))
+    if not signal.any():
+        result.notes.append(f"none of {len(y):,} events is signal, so there are no false negatives")
     high = scores > cut
-    result.numbers.update(rejection=rejection, cut=cut)
-    bulk, found = Series("normal", x[normal], NORMAL, "fill"), Series("anomalous", x[anomalous], ANOMALOUS)
-    kinds = {"false_positives": (normal & high, normal, [bulk, *([found] if anomalous.any() else [])])}
-    if anomalous.any():
-        above = Series("anomalous above the cut", x[anomalous & high], ANOMALOUS)
-        kinds["false_negatives"] = (anomalous & ~high, anomalous, [bulk, above] if len(above.x) else [bulk])
+    against, name_against = (background, "background") if chosen else (signal & high, "signal above the cut")
+    result.numbers.update(rejection=rejection if chosen else None, cut=cut)
+    bulk = [Series("background", x[background], NORMAL, "fill")] * bool(chosen)
+    kinds = {}
+    if chosen:
+        kinds["false_positives"] = background & high, background, [*bulk, Series("signal", x[signal], ANOMALOUS)]
+    if signal.any():
+        above = Series("signal above the cut", x[signal & high], ANOMALOUS)
+        kinds["false_negatives"] = signal & ~high, signal, [*bulk, above]
     for kind, (rows, of, others) in progress(kinds.items(), "looking at mistakes"):
-        name = kind.replace("_", " ")
-        if not rows.any():
-            result.notes.append(f"no {name} at the cut {cut:.4g}")
-            result.numbers[kind] = {"n": 0, "of": int(of.sum())}
-            continue
-        differs = {f: _ks(x[rows, f.column], x[normal, f.column]) for f in features}
-        leading = sorted(features, key=lambda f: -np.nan_to_num(differs[f], nan=-1.0))
-        quantiles = np.searchsorted(np.sort(norm[normal]), norm[rows]) / normal.sum()
+        name, n = kind.replace("_", " "), int(rows.sum())
         shares = {} if process is None else dict(zip(*_shares(process[rows])))
-        result.numbers[kind] = {"n": int(rows.sum()), "of": int(of.sum()), "norm_quantile": float(np.median(quantiles)),
-                                "processes": shares,
-                                "features": [{"feature": f.name, "ks": differs[f]} for f in leading]}
-        points = Series(f"{name} ({rows.sum():,} of {of.sum():,})", x[rows], "black", "errorbar")
-        title = f"{name[0].upper()}{name[1:]}: the features in which they differ most from normal events"
-        result.figures[kind] = pages(leading[:_PANELS], [*others, points], title, rows=3)[0]
+        result.numbers[kind] = {"n": n, "of": int(of.sum()), "processes": shares}
+        if min(n, against.sum()) < _FEWEST:
+            result.notes.append(f"{name} at the cut {cut:.4g}: {n}, to compare with {against.sum()} of {name_against}; "
+                                f"a comparison needs {_FEWEST} of both" if n else f"no {name} at the cut {cut:.4g}")
+            continue
+        differs = {f: _ks(x[rows, f.column], x[against, f.column]) for f in features}
+        leading = sorted(features, key=lambda f: -np.nan_to_num(differs[f], nan=-1.0))
+        quantiles = np.searchsorted(np.sort(norm[against]), norm[rows]) / against.sum()
+        result.numbers[kind] |= {"norm_quantile": float(np.median(quantiles)),
+                                 "features": [{"feature": f.name, "ks": differs[f]} for f in leading]}
+        points = Series(f"{name} ({n:,} of {of.sum():,})", x[rows], "black", "errorbar")
+        title = f"{name[0].upper()}{name[1:]}: the features in which they differ most from {name_against}"
+        series = [s for s in (*others, points) if len(s.x)]
+        result.figures[kind] = pages(leading[:_PANELS], series, title, rows=3)[0]
 
 
 def _ks(a: np.ndarray, b: np.ndarray) -> float:
@@ -216,55 +248,38 @@ def _shares(process: np.ndarray) -> tuple[list[str], list[float]]:
     return names[order].tolist(), (n[order] / n.sum()).tolist()
 
 
-def _candidates(result: Pictures, x: np.ndarray, normal: np.ndarray, entries: list[dict], names: list[str],
-                units: list[str], raw: bool, pulls_of: Callable[[np.ndarray], np.ndarray]) -> None:
+def _candidates(result: Pictures, x: np.ndarray, u: np.ndarray, pull: np.ndarray, entries: list[dict],
+                names: list[str], units: list[str], raw: bool, usual: str) -> None:
     """Pulls of the highest scores into `result`: one picture for each event, and one of all of them by object."""
-    groups = group(names)
-    pull, usual = pulls_of(x), pulls_of(normal) if len(normal) else np.zeros_like(x)
-    of_groups = group_pulls(pull, x, groups)
-    rms = np.sqrt(np.mean(usual**2, axis=0))
-    rms_of_groups = [float(np.linalg.norm(rms[members])) for members in groups.values()]
+    groups, of_groups = list(group(names)), group_pulls(pull, x, names)
+    u = np.where(np.isnan(x), np.nan, u)
     largest = np.abs(of_groups).max() or 1.0
     for i, entry in enumerate(progress(entries, "drawing candidates")):
         event = objects(x[i], names) if raw else []
-        known = {o.name: o.name + f" ({o.kind})" * o.name.startswith("obj") + f": {o.pt:.0f} GeV"
+        known = {o.name: o.name + f" ({o.kind})" * o.name.startswith("obj") + f"\n{o.pt:.0f} GeV"
                  + f", η {o.eta:+.1f}" * (o.kind != UNSEEN) for o in event}
-        with_values = [f"{n} = {number(v)} {written(u) if raw else ''}".rstrip() for n, v, u in zip(names, x[i], units)]
-        fig = figure(16.5 if event else 11, 5.6)
-        axes = fig.add_gridspec(1, 3 if event else 2, width_ratios=(1, 1, 1.6)[: 3 if event else 2])
-        draw_pulls(fig.add_subplot(axes[0]), pull[i], with_values, rms)
-        draw_pulls(fig.add_subplot(axes[1]), of_groups[i], [known.get(g, g) for g in groups], rms_of_groups)
+        values = [f"{n}\n{number(v)} {written(unit)}".rstrip() + f" ({there:+.1f})" if raw else f"{n} = {number(v)}"
+                  for n, v, unit, there in zip(names, x[i], units, u[i])]
+        fig = figure(12 if event else 9, 5.4)
+        axes = fig.add_gridspec(1, 3 if event else 2, width_ratios=(1, 1, 1.8)[: 3 if event else 2])
+        draw_pulls(by_feature := fig.add_subplot(axes[0]), pull[i], values, usual)
+        draw_pulls(fig.add_subplot(axes[1]), of_groups[i], [known.get(g, g) for g in groups], usual)
         if event:
             draw_event(fig.add_subplot(axes[2], projection="polar"), event, dict(zip(groups, of_groups[i])), largest)
-        fig.suptitle(_title(i + 1, entry), fontsize=13)
+        ordinary = "" if np.abs(pull[i]).max() > 1 else "; no feature pulls more than usual"
+        fig.suptitle(_title(i + 1, entry) + ordinary, fontsize=13)
+        if raw:
+            by_feature.set_xlabel(by_feature.get_xlabel() + "\nin brackets: spreads from the mean of background")
         result.figures[f"candidate_{i + 1}"] = fig
-        entry["features"] = [{"feature": names[j], "value": float(x[i, j]), "unit": units[j],
+        entry["features"] = [{"feature": names[j], "value": float(x[i, j]), "unit": units[j], "u": float(u[i, j]),
                               "pull": float(pull[i, j])} for j in np.argsort(-np.abs(pull[i]))]
         entry["groups"] = {g: float(p) for g, p in zip(groups, of_groups[i])}
     result.numbers["candidates"] = entries
-    result.figures["candidates"] = _overview(of_groups, list(groups), entries, largest)
+    ranks = [f"{i + 1}: {e['process'] or _CLASSES[e['label']] or e['event']}" for i, e in enumerate(entries)]
+    result.figures["candidates"] = fig = figure(2.8 + 0.62 * len(groups), max(4.2, 1.9 + 0.42 * len(entries)))
+    draw_group_pulls(fig.subplots(), of_groups, groups, ranks, largest, usual)
 
 
 def _title(rank: int, entry: dict) -> str:
-    truth = {None: "", 0: ", labelled normal", 1: ", labelled anomalous"}[entry["label"]]
-    return f"Rank {rank}: event {entry['event']}, score {entry['score']:.4g}{truth}" + (
-        f" ({entry['process']})" if entry["process"] else "")
-
-
-def _overview(pull_of: np.ndarray, groups: list[str], entries: list[dict], largest: float) -> Figure:
-    fig = figure(2.8 + 0.62 * len(groups), max(4.2, 1.9 + 0.42 * len(entries)))
-    ax = fig.subplots()
-    image = ax.imshow(pull_of, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto")
-    for (i, j), pull in np.ndenumerate(pull_of):
-        if pull:
-            ax.text(j, i, f"{pull:+.2f}", ha="center", va="center", fontsize=8,
-                    color="white" if abs(pull) > 0.65 * largest else "black")
-    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
-    truth = {None: "", 0: "normal", 1: "anomalous"}
-    ax.set_yticks(range(len(entries)), [f"{i + 1}: {e['process'] or truth[e['label']] or e['event']}"
-                                        for i, e in enumerate(entries)])
-    ax.tick_params(which="both", top=False, right=False, direction="out")
-    ax.minorticks_off()
-    ax.set_ylabel("rank by score")
-    fig.colorbar(image, ax=ax, label=label("pull of the object", "background spread"))
-    return fig
+    parts = f"event {entry['event']}", f"score {entry['score']:.4g}", _CLASSES[entry["label"]]
+    return f"Rank {rank}: {', '.join(filter(None, parts))}" + (f" ({entry['process']})" if entry["process"] else "")

@@ -67,7 +67,7 @@ def evaluate(bundle: Bundle, events: Events, energies: Callable[[np.ndarray], np
         "processes": _processes(bundle, kept, scores["energy"]),
         "signals": _signals(kept, scores, table["energy"]["tightest_rejection"]),
         "multiplicity": _multiplicity(bundle, kept, scores),
-        "sculpting": _sculpting(bundle, kept, scores["energy"], mass),
+        "sculpting": mass_sculpting(bundle, kept, scores["energy"], mass),
     }
     if pictures is not None:
         result["pictures"] = [path.name for path in _pictures(kept, scores, result["sculpting"]).save(pictures)]
@@ -133,7 +133,8 @@ def _flags(bundle: Bundle, events: Events, energy: np.ndarray, input_rate: float
     return result
 
 
-def _sculpting(bundle: Bundle, events: Events, energy: np.ndarray, mass: str | None) -> dict:
+def mass_sculpting(bundle: Bundle, events: Events, energy: np.ndarray, mass: str | None) -> dict:
+    """`sculpting` of the feature `mass` by cuts on energy (n,) of background among `events`; {} without such a mass."""
     rows = events.label == 0
     variable = None if mass is None else events.x[rows, events.schema.features.index(mass)].astype(np.float64)
     if variable is None or len(np.unique(variable[~np.isnan(variable)])) < 2:

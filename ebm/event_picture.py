@@ -79,43 +79,51 @@ def draw_event(ax: PolarAxes, event: Sequence[Object], pulls: dict[str, float] |
         else:
             ax.bar(o.phi, radius, 2 * _HALF_WIDTH[o.kind], color=colour, edgecolor="black", linewidth=0.9, zorder=3)
     _name(ax, event)
-    rings = [r for r in _RINGS if r < 0.8 * hardest][-3:]
-    ax.set_rticks(np.sqrt(rings), [f"{r} GeV" for r in rings])
-    ax.set_rlabel_position(_emptiest(event))
-    ax.tick_params(axis="y", labelsize=8, colors="0.35")
+    rings = [r for r in _RINGS if r < 0.8 * hardest][-2:]
+    ax.set_rticks(np.sqrt(rings), [""] * len(rings))
+    for r in rings:  # labels of ticks would lie below the objects
+        ax.text(_emptiest(event), np.sqrt(r), f"{r} GeV", ha="center", va="center", fontsize=10, color="0.35", zorder=5,
+                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0})
     ax.set_rlim(0, 1.22 * np.sqrt(hardest))
     ax.set_thetagrids((0, 90, 180, 270), ["φ = 0", "π/2", "±π", "-π/2"])
     ax.tick_params(axis="x", pad=12)
     ax.grid(color="0.85", linewidth=0.7)
     ax.minorticks_off()
     ax.spines["polar"].set_color("0.6")
-    ax.set_xlabel(label("azimuth", "rad") + ", radius ∝ √pT")
     kinds = {o.kind for o in event}
     handles = [Patch(facecolor="white", edgecolor="black", label="jet (broad)")] * (JET in kinds)
     handles += [Line2D([], [], color="black", linewidth=3, label="lepton or photon")] * (NARROW in kinds)
     handles += [Line2D([], [], color="black", linestyle="--", linewidth=2, label="MET")] * (UNSEEN in kinds)
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=9,
-              title="red: softer would be more ordinary, blue: harder" if pulls else None, title_fontsize=9)
+    colours = "\nred: softer would be more ordinary, blue: harder" if pulls else ""
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=10, columnspacing=1,
+              title=label("azimuth", "rad") + ", radius ∝ √pT" + colours, title_fontsize=10)
 
 
 def _name(ax: PolarAxes, event: Sequence[Object]) -> None:
     """Short names just beyond the tips, moved aside as little as keeps them apart."""
-    placed: list[complex] = []
+    placed: list[tuple[complex, str]] = []
     step = 0.11 * np.sqrt(max(o.pt for o in event))
     moves = sorted((out + 1j * aside for out in np.arange(-3, 2.5, 0.5) for aside in np.arange(-3, 3.5, 0.5)), key=abs)
     for o in sorted(event, key=lambda o: -o.pt):
         direction = np.exp(1j * o.phi)
         spots = [(np.sqrt(o.pt) + (0.8 + move) * step) * direction for move in moves]
-        free = (spot for spot in spots if all(abs(spot - p) > 1.1 * step for p in placed))
-        placed.append(next(free, spots[0]))
+        free = (spot for spot in spots
+                if all(_apart(spot - other, UNSEEN in (o.kind, kind)) > 1.1 * step for other, kind in placed))
+        at = next(free, spots[0])
+        placed.append((at, o.kind))
         box = {"boxstyle": "round,pad=0.08", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
-        ax.text(np.angle(placed[-1]), abs(placed[-1]), _SHORT.get(o.name, o.name.removeprefix("obj")), ha="center",
+        ax.text(np.angle(at), abs(at), _SHORT.get(o.name, o.name.removeprefix("obj")), ha="center",
                 va="center", fontsize=10, fontweight="bold", zorder=5, bbox=box)
 
 
+def _apart(distance: complex, wide: bool) -> float:
+    """The distance of two names, of which "MET" is a wide one."""
+    return abs(complex(distance.real * (0.55 if wide else 1), distance.imag))
+
+
 def _emptiest(event: Sequence[Object]) -> float:
-    """The middle of the widest gap between objects, in degrees: where the ring labels hide nothing."""
+    """phi in the middle of the widest gap between objects: where the ring labels hide nothing."""
     phi = np.sort([o.phi % (2 * np.pi) for o in event])
     gaps = np.diff([*phi, phi[0] + 2 * np.pi])
     widest = int(np.argmax(gaps))
-    return float(np.degrees(phi[widest] + gaps[widest] / 2))
+    return float(phi[widest] + gaps[widest] / 2)

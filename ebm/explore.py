@@ -62,9 +62,11 @@ def explore_data(X_train: np.ndarray, X_test: np.ndarray, y_test: np.ndarray | N
     train, test, y = _checked(X_train, X_test, y_test)
     d = train.shape[1]
     names = tuple(feature_names) if feature_names is not None else tuple(f"x{j}" for j in range(d))
-    if len(names) != d:
-        raise DataError(f"{len(names)} feature names given for {d} features")
-    schema = Schema("explored", names, tuple(units) if units is not None else ("",) * len(names), optional=(True,) * d)
+    units = tuple(units) if units is not None else ("",) * d
+    for what, given in (("feature names", names), ("units", units)):
+        if len(given) != d:
+            raise DataError(f"{len(given)} {what} given for {d} features")
+    schema = Schema("explored", names, units, optional=(True,) * d)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # constant features are named in the notes
         preprocessing = Preprocessing.fit(train, schema)
@@ -110,7 +112,7 @@ def _checked(train: np.ndarray, test: np.ndarray, y: np.ndarray | None) -> tuple
     if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
         raise DataError(f"expected X_train (n, D) and X_test (m, D), given {train.shape} and {test.shape}")
     if len(train) < 2:
-        raise DataError(f"{len(train)} training background event(s), expected at least 2 to see a spread")
+        raise DataError(f"expected at least 2 training background events, to see a spread, given {len(train)}")
     return train, test, checked_labels(y, len(test))
 
 
@@ -177,9 +179,8 @@ def _pca(u: dict[str, np.ndarray], names: np.ndarray, rng: np.random.Generator) 
     for side in (top, right):
         side.tick_params(labelbottom=False, labelleft=False)
         side.set_axis_off()
-    legend = ax.legend(loc="best", markerscale=2.5)
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)
+    for handle in ax.legend(loc="best").legend_handles:
+        handle.set(alpha=1, sizes=[50])
     components = [{"variance": float(share[i]), "leading": names[leading[i]].tolist()} for i in range(2)]
     return fig, {"components": components}, None
 

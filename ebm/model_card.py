@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
 from ebm.bundle import Bundle
-from ebm.report_words import short
+from ebm.report_words import plural, short, typed
 
 _FIVE_SIGMA = 2.87e-7  # one-sided
 _SETTINGS = ("steps", "batch_size", "learning_rate", "warmup", "ema", "dsm", "multi_scale", "level_weights", "l2",
@@ -34,7 +36,7 @@ def model_card(bundle: Bundle) -> dict[str, list[str]]:
             "missing there, wrong cross sections, pile-up, detector conditions and flaws of the simulation look "
             "anomalous to it; signal that is in the training data looks ordinary. Calibrate again, on background as it "
             "is now, whenever conditions or simulation change.")],
-        "How to train it again": _recipe(p),
+        "How to train it again": _recipe(bundle),
         "Cost of the training": _cost(p),
         "Dual use": [
             "It finds unusual rows of numbers, whatever they mean, and would do so in records of people. It is meant "
@@ -47,7 +49,7 @@ def model_card(bundle: Bundle) -> dict[str, list[str]]:
 def _training_data(bundle: Bundle) -> list[str]:
     p, t = bundle.provenance, bundle.threshold
     n = p.get("background_events", {})
-    source = p.get("source")
+    source = typed(str(p.get("source") or ""))
     if not source:
         return ["Not recorded."]
     lines = [f"Background of {source} (digest {p.get('data_digest') or 'not recorded'}): {n.get('train', 0):,} events "
@@ -56,8 +58,8 @@ def _training_data(bundle: Bundle) -> list[str]:
              "from."]
     if c := p.get("calibration"):
         lines.append(f"The threshold was calibrated anew on {c.get('background_events', 0):,} background events of "
-                     f"{c.get('source')} (digest {c.get('data_digest') or 'not recorded'}).")
-    if str(source).startswith("toy"):
+                     f"{typed(str(c.get('source')))} (digest {c.get('data_digest') or 'not recorded'}).")
+    if source.startswith("toy"):
         lines.append("These are toy events, made by a few formulas: no generator of matrix elements, no full detector. "
                      "Figures on them compare methods; they say nothing about an experiment.")
     if t is not None and not t.guaranteed:
@@ -66,15 +68,28 @@ def _training_data(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _recipe(p: dict) -> list[str]:
+def _recipe(bundle: Bundle) -> list[str]:
+    p = bundle.provenance
     if not p.get("command"):
         return ["The command was not recorded."]
     seed, members = p.get("seed", 0), p.get("members", 1)
     seeds = f"seed {seed}" if members == 1 else f"{members} networks with seeds {seed} to {seed + members - 1}"
-    return [f"$ {p['command']}",
+    threads = plural(p["threads"], "thread") if "threads" in p else "an unknown number of threads"
+    return [f"$ {p['command']}", *_calibrated_anew(bundle),
             f"With {seeds}, commit {p.get('commit') or 'not recorded'}, {_versions(p.get('versions', {}))}, "
-            f"{p.get('threads', '?')} threads on {p.get('device', '?')}: the same of all of these gives the same "
-            "weights. Settings: " + ", ".join(f"{k} = {p[k]}" for k in _SETTINGS if p.get(k) is not None) + "."]
+            f"{threads} on {p.get('device', '?')}: the same of all of these gives the same weights. "
+            "Settings: " + ", ".join(f"{k} = {p[k]}" for k in _SETTINGS if p.get(k) is not None) + "."]
+
+
+def _calibrated_anew(bundle: Bundle) -> list[str]:
+    p, t, by = bundle.provenance, bundle.threshold, bundle.class_thresholds
+    words = shlex.split(p["command"])
+    if "calibration" not in p or t is None or "--out" not in words:
+        return []
+    options = ["--rate", t.rate, "--confidence", t.confidence, *(["--by", by.feature] if by else ()),
+               *(["--weighted"] if t.n_eff is not None else ())]
+    return ["$ " + shlex.join(["python", "-m", "ebm", "calibrate", words[words.index("--out") + 1],
+                               typed(p["calibration"]["source"]), *map(str, options)])]
 
 
 def _versions(versions: dict) -> str:
@@ -85,10 +100,10 @@ def _cost(p: dict) -> list[str]:
     seconds, threads, device = p.get("training_seconds"), p.get("threads"), p.get("device", "cpu")
     if seconds is None:
         return ["Time: not measured.", "Electrical energy: not measured."]
-    time = f"{seconds:,.4g} s of wall clock"
-    if device == "cpu" and threads:
-        time += f" on {threads} thread{'s' * (threads > 1)}: at most {seconds * threads / 3600:.2g} core-hours"
-    else:
-        time += f" on {device}"
+    time = f"{seconds:,.4g} s of wall clock" + ("" if device == "cpu" else f" on {device}")
+    if p.get("cpu_seconds") is not None:
+        time += f", {short(p['cpu_seconds'] / 3600)} CPU hours"
+    elif device == "cpu" and threads:
+        time += f" on {plural(threads, 'thread')}: at most {seconds * threads / 3600:.2g} core-hours"
     return [f"Time: {time}, for this training alone; trials before it were not counted.",
             "Electrical energy: not measured. Weigh it, and that of the trials, against what the search may find."]

@@ -70,38 +70,44 @@ def plot_sculpting(variable: np.ndarray, scores: np.ndarray, cuts: Sequence[floa
                    unit: str = "", bins: int = 25) -> Figure:
     """The variable (n,) of all background and of what passes each cut, as shares, and below the ratio of the two.
 
-    Fewer than 10 events that pass are not shown; the bins at the ends hold what lies beyond.
+    Fewer than 10 events that pass are not shown; the bins at the ends hold what lies beyond. Points of different cuts
+    stand side by side in a bin; error bars are 68% Poisson intervals (Garwood).
     Raises ValueError where the variable is NaN throughout.
     """
     known = ~np.isnan(variable)
     variable, scores = variable[known], scores[known]
     if len(variable) == 0:
         raise ValueError(f"{name} is missing in every event")
-    edges = np.linspace(*np.quantile(variable, [0.001, 0.999]), bins + 1)
+    low, high = np.quantile(variable, [0.001, 0.999])
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     inside = np.clip(variable, edges[0], edges[-1])
-    sample, width, middle = Sample(scores, np.ones(len(scores))), np.diff(edges), (edges[1:] + edges[:-1]) / 2
-    of_all = np.histogram(inside, edges)[0]
+    sample, width, middle = Sample(scores, np.ones(len(scores))), edges[1] - edges[0], (edges[1:] + edges[:-1]) / 2
+    of_all = np.histogram(inside, edges)[0] / len(inside)
     with styled():
-        fig = figure(6.4, 5.4)
+        from hist.intervals import poisson_interval
+
+        fig = figure(7, 6)
         top, bottom = fig.subplots(2, sharex=True, height_ratios=(3, 1.3))
-        top.stairs(of_all / len(inside) / width, edges, fill=True, color=GREY, alpha=0.5, label="all background")
-        for cut, colour in zip(cuts, (BLUE, ORANGE, RED, PURPLE, VIOLET)):
+        top.stairs(of_all / width, edges, fill=True, color=GREY, alpha=0.5, label="all background")
+        for i, (cut, colour) in enumerate(zip(cuts, (BLUE, ORANGE, RED, PURPLE, VIOLET))):
             passing = np.histogram(inside[scores > cut], edges)[0]
             n, some = passing.sum(), passing > 0
             if n < FEWEST:
                 continue
-            density, error = passing[some] / n, np.sqrt(passing[some]) / n
+            x = middle[some] + 0.15 * (i - (len(cuts) - 1) / 2) * width
+            share, error = passing[some] / n, abs(poisson_interval(passing[some]) - passing[some]) / n
             look = {"fmt": "o", "markersize": 3.5, "color": colour}
-            top.errorbar(middle[some], density / width[some], error / width[some], **look,
-                         label=f"most anomalous {sample.share(cut):.2g} ({n:,} events)")
-            expected = of_all[some] / len(inside)
-            bottom.errorbar(middle[some], density / expected, error / expected, **look)
+            top.errorbar(x, share / width, error / width, **look,
+                         label=f"most anomalous {100 * sample.share(cut):.2g}% ({n:,} events)")
+            bottom.errorbar(x, share / of_all[some], error / of_all[some], **look)
         bottom.axhline(1, color="black", linewidth=0.8)
-        bottom.set_ylim(0, 3)
+        bottom.set_xlim(edges[0], edges[-1])
+        for ax in (top, bottom):
+            ax.set_yscale("log")
         bottom.set_xlabel(label(name, unit))
         bottom.set_ylabel("ratio to all")
         top.set_ylabel(f"share of events per {unit or 'unit'}")
-        top.legend()
+        fig.legend(loc="outside upper center", ncols=2, title="the end bins hold what lies beyond")
         return fig
 
 

@@ -18,18 +18,20 @@ from ebm.command import commit, plain, processor, versions, whole_file
 from ebm.efficiency import cut_at_rejection
 from ebm.errors import error_analysis
 from ebm.errors import summary as errors_in_words
-from ebm.evaluate import evaluate, rate
+from ebm.evaluate import evaluate, mass_sculpting, rate
 from ebm.events import DataError, Events, split
 from ebm.folds import trained_on
 from ebm.model_card import model_card
+from ebm.plots import plot_sculpting
 from ebm.report_pictures import efficiencies, plot_efficiencies, plot_energies, plot_training
-from ebm.report_words import FILTERS, summary
+from ebm.report_words import FILTERS, plural, short, summary, typed
+from ebm.sculpting import resonance
 from ebm.style import Pictures, check_directory
 from ebm.threshold import CROSSINGS, trigger_rate
 
 PAGE = "report.html"
 _REJECTION = 0.99  # of mistakes, and of the cut that is shown where the flag is too rare to be seen
-_VISIBLE = 100  # flagged background events
+_VISIBLE = 100  # background events above a cut: ten for each bin of a variable
 _VARIABLES = (("ht", "PRI_jet_all_pt"), ("MET", "PRI_met"), ("n_jets", "PRI_jet_num"))
 _INPUT_RATES = {"every bunch crossing": CROSSINGS, "what a hardware trigger keeps": 1e5, "what is recorded": 1e3}
 _PACKAGES = ("fused-ebm", "numpy", "scipy", "scikit-learn", "torch", "matplotlib", "mplhep", "hist")
@@ -59,9 +61,10 @@ def report(bundle: Bundle, events: Events, scorer: Any, out: Path, *, model: str
     kept = events[split(events).test] if seen else events
     if len(kept) == 0:
         raise DataError(f"{events.source or 'the data'}: no event{' in the test folds' if seen else ''} "
-                        f"({len(events)} events in all)")
+                        f"({plural(len(events), 'event')} in all)")
     energy = np.asarray(scorer.energy(kept.x), np.float64)
     classes = _classes(kept)
+    n = {name: int(rows.sum()) for name, rows in classes.items()}
     own, notes = Pictures(), []
     evaluation = None
     if len(classes) == 2:
@@ -74,9 +77,8 @@ def report(bundle: Bundle, events: Events, scorer: Any, out: Path, *, model: str
                      f"{' and '.join(classes)} only: nothing to tell apart, so no comparison with simple detectors")
     t = bundle.threshold
     numbers = {
-        "model": model, "data": Path(events.source or "the data").name, "data_digest": events.digest,
-        "events": "test folds" if seen else "all", "n": {"events": len(kept), **{c: int(r.sum()) for c, r in
-                                                                               classes.items() if c != "events"}},
+        "model": model, "data": typed(events.source) or "the data", "data_digest": events.digest,
+        "events": "test folds" if seen else "all", "n": n | {"events": len(kept)},
         "threshold": t and asdict(t) | {"expected_rate": t.expected_rate, "trigger": [
             {"of": name, "input_rate": hz, **dict(zip(("expected", "at_most"), trigger_rate(t, hz)))}
             for name, hz in _INPUT_RATES.items()]},
@@ -84,12 +86,13 @@ def report(bundle: Bundle, events: Events, scorer: Any, out: Path, *, model: str
         "flagged": t and {name: rate(energy[rows] > t.energy) for name, rows in classes.items()},
         "evaluation": evaluation,
         "efficiency": _efficiency(bundle, kept, energy, classes, own),
+        "sculpting": evaluation["sculpting"] if evaluation else _shaped(bundle, kept, energy, own),
         "training": _training(bundle, own),
     }
     sigma = bundle.sigmas[bundle.default_level] if bundle.sigmas else None
     own.figures["energies"] = plot_energies(energy, classes, t and t.energy, sigma)
     analysed = error_analysis(scorer, kept.x, kept.label, energy, bundle.sigmas, event_id=kept.event_id,
-                              process=kept.process, rejection=_REJECTION)
+                              process=kept.process, rejection=_rejection(n.get("background", 0)))
     numbers |= {"errors": analysed.numbers, "errors_in_words": errors_in_words(analysed.numbers),
                 "card": model_card(bundle), "provenance": _provenance(bundle, events, scorer),
                 "notes": notes + own.notes + analysed.notes}
@@ -127,16 +130,23 @@ def _classes(events: Events) -> dict[str, np.ndarray]:
     return {name: r for name, r in rows.items() if r.any()}
 
 
+def _rejection(n: int) -> float:
+    """Of the cut that is shown: so that some of n events pass it."""
+    return min(_REJECTION, max(0.5, 1 - _VISIBLE / max(n, 1)))
+
+
 def _efficiency(bundle: Bundle, events: Events, energy: np.ndarray, classes: dict[str, np.ndarray],
                 result: Pictures) -> dict | None:
     """Who is flagged, or passes a looser cut where too few background events are, by what every analysis looks at."""
     name, rows = next(iter(classes.items()))
     of, t = energy[rows], bundle.threshold
+    n = plural(len(of), "event" if name == "events" else f"{name} event")
     if len(of) < 2:
-        result.notes.append(f"{len(of)} {name} event(s): no efficiency against a variable")
+        result.notes.append(f"{n}: no efficiency against a variable")
         return None
-    visible = t is not None and np.count_nonzero(of > t.energy) >= _VISIBLE
-    cut = t.energy if visible else cut_at_rejection(of, min(_REJECTION, 1 - 1 / len(of)))
+    flagged = t and np.count_nonzero(of > t.energy)
+    is_flag = t is not None and (name == "signal" or flagged >= _VISIBLE)
+    cut = t.energy if is_flag else cut_at_rejection(of, _rejection(len(of)))
     passed = energy > cut
     features, units = events.schema.features, dict(zip(events.schema.features, events.schema.units))
     known = np.where(bundle.preprocessing.missing(events.x), np.nan, events.x)
@@ -145,13 +155,27 @@ def _efficiency(bundle: Bundle, events: Events, energy: np.ndarray, classes: dic
     for f in [f for f, found in shown.items() if not found]:
         result.notes.append(f"{f} has fewer than two values, so no efficiency against it")
         del shown[f]
-    share = float(passed[rows].mean())
-    if not shown:
+    if not any(f in features for names in _VARIABLES for f in names):
         result.notes.append("no HT, MET or multiplicity among the features: no efficiency against them")
+    if not shown:
         return None
-    what = "the threshold" if visible else f"the cut that keeps {share:.2%} of the {name}"
+    share = float(passed[rows].mean())
+    what = "the threshold" if is_flag else f"the cut that keeps {short(100 * share)}% of the {name}"
+    why = "" if is_flag else ("The model has no threshold." if t is None else
+                              f"The flag is not shown: of {n} it is raised for {flagged:,}, too few for ten bins.")
     result.figures["efficiency"] = plot_efficiencies(shown, units, f"Above {what}")
-    return {"cut": cut, "share": share, "is_flag": visible, "what": what, "of": shown}
+    return {"cut": cut, "share": share, "is_flag": is_flag, "what": what, "why": why, "of": shown}
+
+
+def _shaped(bundle: Bundle, events: Events, energy: np.ndarray, result: Pictures) -> dict:
+    """What `evaluate` says of a mass, where there is background and no evaluation."""
+    shaped = {} if events.label is None else mass_sculpting(bundle, events, energy, resonance(events.schema))
+    if shaped:
+        feature, rows = shaped["feature"], events.label == 0
+        j = events.schema.features.index(feature)
+        result.figures[f"sculpting_{feature}"] = plot_sculpting(
+            events.x[rows, j], energy[rows], [c["cut"] for c in shaped["cuts"]], feature, events.schema.units[j])
+    return shaped
 
 
 def _training(bundle: Bundle, result: Pictures) -> dict | None:

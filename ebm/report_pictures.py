@@ -25,6 +25,7 @@ def plot_energies(energy: np.ndarray, classes: dict[str, np.ndarray], cut: float
     them the ratio of the second to the first."""
     import mplhep
     from hist import Hist, axis
+    from hist.intervals import poisson_interval, ratio_uncertainty
 
     parts = {name: energy[rows] for name, rows in classes.items()}
     low, high = (f(np.quantile(e, q) for e in parts.values()) for f, q in ((min, _TAIL), (max, 1 - _TAIL)))
@@ -34,25 +35,31 @@ def plot_energies(energy: np.ndarray, classes: dict[str, np.ndarray], cut: float
     with styled():
         fig = figure(8.2, 5.6 if len(parts) == 2 else 4.4)
         axes = fig.subplots(len(parts), sharex=True, squeeze=False, height_ratios=(3, 1.2)[: len(parts)])[:, 0]
-        shares, errors = [], []
-        for (name, e), colour in zip(parts.items(), (GREY, ANOMALOUS)):
-            counts = Hist(axis.Variable(bins)).fill(np.clip(e, bins[0], np.nextafter(bins[-1], -np.inf))).values()
-            shares.append(counts / len(e))
-            errors.append(np.sqrt(counts) / len(e))
-            look = {"histtype": "fill", "alpha": 0.6} if colour == GREY else {"histtype": "step", "yerr": errors[-1]}
-            mplhep.histplot(shares[-1], bins, ax=axes[0], color=colour, label=f"{name} ({len(e):,})", **look)
+        counts, shares = [], []
+        for name, e in parts.items():
+            n = Hist(axis.Variable(bins)).fill(np.clip(e, bins[0], np.nextafter(bins[-1], -np.inf))).values()
+            counts.append(n)
+            shares.append(np.where(n > 0, n / len(e), np.nan))  # a logarithmic axis has no place for zero
+            as_drawn = {"ax": axes[0], "label": f"{name} ({len(e):,})"}
+            if name != "signal":
+                mplhep.histplot(shares[-1], bins, histtype="fill", alpha=0.6, color=GREY, **as_drawn)
+                continue
+            mplhep.histplot(shares[-1], bins, histtype="errorbar", markersize=0, color=ANOMALOUS, xerr=True,
+                            yerr=np.abs(poisson_interval(n) - n) / len(e), **as_drawn)
+            axes[0].stairs(shares[-1], bins, baseline=None, color=ANOMALOUS)
         for ax, top in zip(axes, (0.88, 1)) if cut is not None else ():  # the legend is above it
             ax.axvline(cut, 0, top, color="black", linestyle="--", linewidth=1.2, label=f"threshold {cut:.5g}")
         axes[0].set_yscale("log")
-        axes[0].set_ylim(0.5 * min(s[s > 0].min() for s in shares), 20 * max(s.max() for s in shares))
+        axes[0].set_ylim(0.5 * min(map(np.nanmin, shares)), 20 * max(map(np.nanmax, shares)))
         axes[0].set_ylabel("share of events per bin")
         axes[0].legend(ncols=len(parts) + (cut is not None), loc="upper center")
         if len(parts) == 2:
-            both = (shares[0] > 0) & (shares[1] > 0)
-            ratio = shares[1][both] / shares[0][both]
-            relative = np.hypot(*(e[both] / s[both] for e, s in zip(errors, shares)))
+            both = (counts[0] > 0) & (counts[1] > 0)
+            of, to = (n[both] for n in counts)
+            scale = len(parts["background"]) / len(parts["signal"])
             middle = (bins[1:] + bins[:-1])[both] / 2
-            axes[1].errorbar(middle, ratio, ratio * relative, fmt="o", markersize=3.5, color=ANOMALOUS)
+            axes[1].errorbar(middle, scale * to / of, scale * ratio_uncertainty(to, of, "poisson-ratio"), fmt="o",
+                             markersize=3.5, color=ANOMALOUS)
             axes[1].axhline(1, color="black", linewidth=0.8)
             axes[1].set_yscale("log")
             axes[1].set_ylabel(" /\n".join(reversed(parts)))

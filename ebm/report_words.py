@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ebm.attribution import HEADLINE
 
@@ -49,15 +51,46 @@ def largest(pulls: dict[str, float], number: int) -> list[tuple[str, float]]:
     return sorted(pulls.items(), key=lambda item: -abs(item[1]))[:number]
 
 
-FILTERS = {f.__name__: f for f in (fixed, short, between, between_short, hertz, largest)}
+def plural(n: int, noun: str) -> str:
+    """1 event, 2,000 events"""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def typed(source: str) -> str:
+    """The name of a sample as a command takes it: toy:20000 for toy:20000+400."""
+    return re.sub(r"^(toy:\d+)\+\d+$", r"\1", Path(source).name)
+
+
+def explained(names: Iterable[str]) -> str:
+    """What the names of detectors and of figures mean, a clause for each that begins like one of them."""
+    names = list(names)
+    return "; ".join(f"{start}: {what}" for start, what in _MEANINGS.items() if any(n.startswith(start) for n in names))
+
+
+_MEANINGS = {
+    "|x|": "the distance from the mean of background, each feature in units of its spread",
+    "n_missing": "how many values are missing", "n_objects": "how many are there, the same the other way round",
+    "HT": "the scalar sum of transverse momenta",
+    "Mahalanobis": "that distance with the correlations of background",
+    "isolation forest": "how few random splits set an event apart",
+    "KNN": "the mean distance to the k nearest background events",
+    "LOF": "the local outlier factor, how much sparser events are around it than around its neighbours",
+    "autoencoder": "the error of reconstruction from so many latent numbers",
+    "AUROC within a multiplicity": "signal against background of the same number of jets, so that their number tells "
+                                   "nothing",
+    "SIC": "significance improvement, by how much a cut raises S/√B",
+    "AMS": "the approximate median significance of the HiggsML challenge",
+    "KS": "Kolmogorov-Smirnov distance, 0 for the same distribution and 1 for none in common",
+}
+FILTERS = {f.__name__: f for f in (fixed, short, between, between_short, hertz, largest, explained)}
 
 
 def summary(numbers: dict) -> list[str]:
     """What to take away, in sentences that follow from the numbers alone."""
     lines = [*_of_threshold(numbers), *_of_flags(numbers)]
     if numbers["evaluation"]:
-        lines += [*_of_detectors(numbers["evaluation"]), *_of_sculpting(numbers["evaluation"])]
-    return [*lines, *_of_pulls(numbers)]
+        lines += _of_detectors(numbers["evaluation"])
+    return [*lines, *_of_sculpting(numbers["sculpting"]), *_of_pulls(numbers)]
 
 
 def _of_threshold(numbers: dict) -> list[str]:
@@ -81,10 +114,11 @@ def _of_threshold(numbers: dict) -> list[str]:
 def _of_flags(numbers: dict) -> list[str]:
     t, lines = numbers["threshold"], []
     for name, flagged in (numbers["flagged"] or {}).items():
-        line = (f"Of {flagged['n']:,} {name if name == 'events' else name + ' events'} here it flags "
-                f"{short(flagged['rate'])} (95% interval {between_short(flagged['interval'])})")
+        n = plural(flagged["n"], "event" if name == "events" else f"{name} event")
+        line = (f"It flags {round(flagged['rate'] * flagged['n']):,} of {n} here: {short(flagged['rate'])} (95% "
+                f"interval {between_short(flagged['interval'])})")
         if name != "signal" and flagged["interval"][0] > t["upper_bound"]:
-            line += (", more than the bound: these events are not like the calibration background"
+            line += (". That is more than the bound: these events are not like the calibration background"
                      + (", or signal is among them" if name == "events" else ""))
         lines.append(line + ".")
     return lines
@@ -99,7 +133,8 @@ def _of_detectors(evaluation: dict) -> list[str]:
     low, high = minus[best]["interval"]
     verdict = ("separates signal better than" if low > 0 else "separates signal worse than" if high < 0 else
                "cannot be told apart from")
-    lines = [f"By AUROC the energy {verdict} {best}, the best of {len(minus)} simple detectors on these events: "
+    number = len(minus) - ({"n_missing", "n_objects"} <= set(minus))  # one variable, either way round
+    lines = [f"By AUROC the energy {verdict} {best}, the best of {number} simple detectors on these events: "
              f"{fixed(energy['auroc'])} {between(energy['auroc_interval'])} against {fixed(detectors[best]['auroc'])}, "
              f"a paired difference of {fixed(minus[best]['auroc'], sign=True)} "
              f"{between(minus[best]['interval'], sign=True)}."]
@@ -117,9 +152,8 @@ def _of_detectors(evaluation: dict) -> list[str]:
     return lines
 
 
-def _of_sculpting(evaluation: dict) -> list[str]:
-    shaped = evaluation["sculpting"]
-    cuts = [c for c in (shaped or {}).get("cuts", []) if not _unknown(c["p_value"])]
+def _of_sculpting(shaped: dict) -> list[str]:
+    cuts = [c for c in shaped.get("cuts", []) if not _unknown(c["p_value"])]
     if not cuts:
         return []
     least = min(cuts, key=lambda c: c["p_value"])
@@ -139,8 +173,12 @@ def _of_pulls(numbers: dict) -> list[str]:
     line = numbers["errors_in_words"][-1]
     i = check["removed"].index(HEADLINE) if HEADLINE in check["removed"] else -1
     low, high = check["top_minus_random"][i]["interval"]
-    verdict = "" if low > 0 else " The pulls below do not explain these energies: random features matter as much" + (
-        " or more." if high < 0 else ".")
+    verdict = ""
+    if check["drop"]["largest pulls"][i] <= 0:
+        verdict = " The pulls below do not explain these energies: without those features they are no lower."
+    elif not low > 0:
+        verdict = " The pulls below do not explain these energies: random features matter as much" + (
+            " or more." if high < 0 else ".")
     return [f"{line[0].upper()}{line[1:]}.{verdict}"]
 
 

@@ -134,6 +134,7 @@ def _scores(y: np.ndarray, scores: dict[tuple[str, str, int], np.ndarray], numbe
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
         ax.set_ylabel("share of events per bin")
         own = numbers["detectors"][name][v]["per_seed"][0]
+        name = name.replace(")", " in training)")  # the loss
         ax.legend(loc="upper right", alignment="left", title=f"{name}, AUROC {own:.3f}\n{_NAMES[v]}")
     return fig
 

@@ -35,7 +35,8 @@ _RC = {
     "font.size": 11, "axes.labelsize": 12, "legend.fontsize": 10.5, "legend.frameon": False, "axes.linewidth": 0.9,
     "axes.formatter.limits": (-3, 4), "axes.formatter.use_mathtext": True,
     "xtick.direction": "in", "ytick.direction": "in", "xtick.top": True, "ytick.right": True,
-    "xtick.minor.visible": True, "ytick.minor.visible": True, "lines.linewidth": 1.6, "errorbar.capsize": 0,
+    "xtick.minor.visible": True, "ytick.minor.visible": True, "xtick.major.pad": 6,
+    "lines.linewidth": 1.6, "errorbar.capsize": 0,
 }
 _TAIL = 0.002
 _MOST_INTEGERS = 40
@@ -163,14 +164,16 @@ def histogram(ax: Axes, feature: Feature, series: Sequence[Series]) -> None:
     """
     import mplhep
     from hist import Hist, axis
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     values = [s.x[:, feature.column].astype(np.float64) for s in series]
     present = [v[~np.isnan(v)] for v in values]
-    bins, log_x = edges(present, feature.transform != IDENTITY)
+    bins, log_x = edges(present, feature.transform != IDENTITY and feature.unit != "rad")  # angles are bounded
     for s, v, n in zip(series, present, map(len, values)):
         h = Hist(axis.Variable(bins)).fill(np.clip(v, bins[0], np.nextafter(bins[-1], -np.inf)))
         share, error = h.values() / max(n, 1), np.sqrt(h.values()) / max(n, 1)
+        if s.look == "errorbar":
+            share[share == 0] = np.nan  # no point where there is no event
         options = {"fill": {"alpha": 0.35, "linewidth": 0}, "step": {},
                    "errorbar": {"yerr": error, "markersize": 5, "elinewidth": 1}}[s.look]
         mplhep.histplot(share, bins, ax=ax, histtype=s.look, color=s.colour, label=s.name, **options)
@@ -187,6 +190,9 @@ def histogram(ax: Axes, feature: Feature, series: Sequence[Series]) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_yscale() == "linear":
         ax.set_ylim(bottom=0)
+    if (bins % 1 == 0.5).all():  # a bin for each whole number
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        ax.xaxis.minorticks_off()
     if not any(map(len, present)):
         ax.text(0.5, 0.5, "missing in every event", transform=ax.transAxes, ha="center", va="center")
         ax.set_xticks([])
@@ -198,12 +204,12 @@ def histogram(ax: Axes, feature: Feature, series: Sequence[Series]) -> None:
 
 
 def _log_axis(ax: Axes, bins: np.ndarray) -> None:
-    """Logarithmic x; where it spans less than two decades 20 and 50 are written too, as plain numbers."""
+    """Logarithmic x; where it spans less than two decades 30, or 20 and 50, are written too, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_xscale("log")
     if bins[-1] < 100 * bins[0]:
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if bins[-1] < 30 * bins[0] else (1, 3)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
 

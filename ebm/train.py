@@ -180,7 +180,8 @@ def _provenance(s: Settings, histories: list[History], counted: list[str], devic
         "held_out_loss_per_level": first.held_out_per_level,
         "history": [{"steps": h.steps, **{k: _rounded(v) for k, v in h.terms.items()},
                      "held_out": _rounded(h.held_out_loss)} for h in histories],
-        "training_seconds": round(sum(h.seconds for h in histories), 1), "versions": versions(),
+        "training_seconds": round(sum(h.seconds for h in histories), 1),
+        "cpu_seconds": round(sum(h.cpu_seconds for h in histories), 1), "versions": versions(),
     }
 
 

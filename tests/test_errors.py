@@ -6,140 +6,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gaussians import SIGMAS, Gaussian, rms, sample
 from scipy.stats import ks_2samp
-from torch import nn
 from typer.testing import CliRunner
 
-from ebm import hep64, higgsml
 from ebm.__main__ import app
-from ebm.attribution import faithfulness, group, group_pulls, pulls
+from ebm.attribution import faithfulness
 from ebm.bundle import Bundle
 from ebm.errors import error_analysis, summary
 from ebm.events import DataError, load_events
-from ebm.networks import Autoencoder, EnergyNetwork
 from ebm.style import number
 from kernels import load_scorer
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
-SIGMAS = (0.5,)
-
-
-class Gaussian(nn.Module):
-    """The energy of independent unit Gaussians seen through noise; `turn` permutes its score to a false one."""
-
-    kind, n_sigmas, default_level = "energy", 1, 0
-
-    def __init__(self, input_dim, turn=0):
-        super().__init__()
-        self.input_dim, self.turn = input_dim, turn
-        self.variance = nn.Parameter(torch.tensor(1 + SIGMAS[0] ** 2, dtype=torch.float64))
-
-    def forward(self, x, sigma_idx=None):
-        return x.square().sum(1) / (2 * self.variance)
-
-    def energy_and_score(self, x, sigma_idx=None):
-        return self(x), torch.roll(-x / self.variance, self.turn, dims=1)
-
-
-def sample(n=400, d=24, outliers=40, seed=0):
-    """Unit Gaussians; the last events are anomalous in three features."""
-    u = np.random.default_rng(seed).normal(size=(n, d))
-    u[-outliers:, :3] += 2.5
-    return u, np.repeat([0, 1], [n - outliers, outliers])
 
 
 @pytest.fixture(scope="module")
 def analysed():
-    u, y = sample()
+    u, y = sample(1000, outliers=100)
     model = Gaussian(24)
     scores = model(torch.as_tensor(u)).detach().numpy()
     return u, y, scores, error_analysis(model, u, y, scores, SIGMAS, rejection=0.9)
 
 
-def test_pull_is_the_distance_from_what_is_expected():
-    u, _ = sample()
-    expected_clean = u / (1 + SIGMAS[0] ** 2)  # of a unit Gaussian after noise
-    np.testing.assert_allclose(pulls(Gaussian(24), u, SIGMAS), u - expected_clean, rtol=1e-12)
-
-
-def test_pulls_of_a_scorer_are_its_attribution_in_background_spreads():
-    scorer, x = load_scorer(DEMO), load_events("toy:100").x
-    sigma = scorer.bundle.sigmas[scorer.default_level]
-    pull = pulls(scorer, x, scorer.bundle.sigmas)
-    np.testing.assert_allclose(pull, sigma**2 * scorer.attribution(x), rtol=1e-6)
-    assert (pull[np.isnan(x)] == 0).all()
-
-
-def test_pull_of_an_autoencoder_is_its_residual():
-    network = Autoencoder(6, 2)
-    with torch.no_grad():
-        for layer in network.layers:
-            layer.weight.zero_()
-    u = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
-    residual = u - network(torch.from_numpy(u)).detach().numpy()
-    np.testing.assert_allclose(pulls(network, u, ()), residual, rtol=1e-5)
-
-
-def test_groups():
-    of_hep64 = group(hep64.SCHEMA.features)
-    assert list(of_hep64) == [*(f"obj{i}" for i in range(10)), "MET", "scalar sums", "event shape", "multiplicity",
-                              "dijet", "b-tags"]
-    assert of_hep64["obj3"] == [12, 13, 14, 15]
-    of_higgsml = group(higgsml.SCHEMA.features)
-    assert {"tau", "lepton", "leading jet", "MET", "dijet"} < set(of_higgsml)
-    assert [higgsml.SCHEMA.features[j] for j in of_higgsml["tau"]] == ["PRI_tau_pt", "PRI_tau_eta", "PRI_tau_phi"]
-    for groups, n in ((of_hep64, 64), (of_higgsml, 30)):
-        assert sorted(j for members in groups.values() for j in members) == list(range(n))
-    assert group(["a", "b"]) == {"a": [0], "b": [1]}
-
-
-def test_group_pulls_have_a_length_and_say_whether_less_is_more_ordinary():
-    pull = np.array([[3.0, -4.0, -0.5], [-3.0, 4.0, 0.0]])
-    x = np.array([[10.0, -20.0, 1.0], [10.0, -20.0, np.nan]])
-    np.testing.assert_allclose(group_pulls(pull, x, {"both": [0, 1], "third": [2]}), [[5, -0.5], [-5, 0]])
-
-
-def test_faithful_pulls_pass_and_false_ones_do_not():
-    u, y = sample()
-    good = faithfulness(Gaussian(24), u[y == 1], SIGMAS, u[y == 0])
-    spread = (u[y == 0] ** 2).sum(1).std() / (2 * 1.25)
-    assert good["energy_spread"] == pytest.approx(spread, rel=1e-6)
-    assert good["removed"] == [1, 2, 4, 8, 16]
-    top, far, random = (good["drop"][k] for k in ("largest pulls", "farthest out", "random"))
-    np.testing.assert_allclose(top, far)  # for this energy they are the same features
-    largest = np.sort(np.abs(u[y == 1]), axis=1)[:, -1]
-    assert top[0] == pytest.approx((largest**2).mean() / 2.5 / spread, rel=0.05)
-    assert all(a > b for a, b in zip(top, random))
-    assert all(d["interval"][0] > 0 and d["interval"][0] <= d["mean"] <= d["interval"][1]
-               for d in good["top_minus_random"])
-    assert good["top_minus_random"][0]["better"] == 1
-    bad = faithfulness(Gaussian(24, turn=7), u[y == 1], SIGMAS, u[y == 0])
-    assert bad["top_minus_random"][0]["interval"][1] < 0
-    assert np.isnan(faithfulness(Gaussian(24), u[-1:], SIGMAS, u[y == 0])["top_minus_random"][0]["interval"]).all()
-
-
-def test_what_is_removed_becomes_what_the_other_features_imply():
-    """A sum is restored from its parts, a part from the sum: no event is made that cannot be."""
-    rng = np.random.default_rng(0)
-    parts = rng.normal(size=(2000, 2))
-    u = np.column_stack([parts, parts.sum(1), rng.normal(size=2000), np.zeros(2000)])
-
-    class Impossible(Gaussian):
-        def forward(self, x, sigma_idx=None):
-            return x.square().sum(1) + 1e4 * (x[:, 0] + x[:, 1] - x[:, 2]).square()
-
-    check = faithfulness(Impossible(5), u[:50], SIGMAS, u[50:])
-    assert check["removed"] == [1, 2]  # of four that can be removed
-    assert all(abs(fall[0]) < 2 for fall in check["drop"].values())
-
-
 def test_false_positives_and_negatives(analysed):
     u, y, scores, result = analysed
     cut = result.numbers["cut"]
-    assert (scores[y == 0] > cut).sum() == 36  # a tenth of 360
+    assert (scores[y == 0] > cut).sum() == 90  # a tenth of 900
     positives, negatives = (result.numbers[k] for k in ("false_positives", "false_negatives"))
-    assert (positives["n"], positives["of"]) == (36, 360)
-    assert (negatives["n"], negatives["of"]) == (((y == 1) & (scores <= cut)).sum(), 40)
+    assert (positives["n"], positives["of"]) == (90, 900)
+    assert result.numbers["rejection"] == 0.9
+    assert (negatives["n"], negatives["of"]) == (((y == 1) & (scores <= cut)).sum(), 100)
     norm = np.linalg.norm(u, axis=1)
     assert positives["norm_quantile"] == pytest.approx(
         np.median([np.mean(norm[y == 0] < n) for n in norm[(y == 0) & (scores > cut)]]))
@@ -154,32 +51,32 @@ def test_pictures_of_mistakes(analysed):
     fig, leading = result.figures["false_positives"], result.numbers["false_positives"]["features"]
     assert [ax.get_xlabel() for ax in fig.axes] == [f"{f['feature']} [background spread]" for f in leading[:12]]
     legend = [t.get_text() for t in fig.legends[0].get_texts()]
-    assert legend == ["normal", "anomalous", "false positives (36 of 360)"]
+    assert legend == ["background", "signal", "false positives (90 of 900)"]
     points = fig.axes[0].containers[-1].lines[0].get_ydata()
     assert np.nansum(points) == pytest.approx(1)
-    assert np.nanmin(points[points > 0]) == pytest.approx(round(36 * np.nanmin(points[points > 0])) / 36)
+    assert np.nanmin(points[points > 0]) == pytest.approx(round(90 * np.nanmin(points[points > 0])) / 90)
     missed = [t.get_text() for t in result.figures["false_negatives"].legends[0].get_texts()]
-    assert missed[:2] == ["normal", "anomalous above the cut"]
+    assert missed[:2] == ["background", "signal above the cut"]
 
 
 def test_candidates(analysed):
-    u, _, scores, result = analysed
+    u, y, scores, result = analysed
     entries, order = result.numbers["candidates"], np.argsort(-scores)[:10]
     assert [int(e["event"]) for e in entries] == order.tolist()
     assert [e["score"] for e in entries] == pytest.approx(scores[order].tolist())
-    expected = 0.2 * u[order]  # sigma^2 / (1 + sigma^2)
+    expected = u[order] / rms(u[y == 0])
     shown = np.array([[e["groups"][f"x{j}"] for j in range(24)] for e in entries])
     np.testing.assert_allclose(np.abs(shown), np.abs(expected), rtol=1e-5)
     assert (shown >= 0).all()  # less of anything is more ordinary for a Gaussian
     first = result.figures["candidate_1"]
     features = first.axes[0]
-    strongest = np.argsort(-np.abs(expected[0]))[:14]
+    strongest = np.argsort(-np.abs(expected[0]))[:10]
     assert [t.get_text() for t in features.get_yticklabels()] == [f"x{j} = {number(u[order[0], j])}" for j in strongest]
-    np.testing.assert_allclose([b.get_width() for b in features.containers[1]], expected[0, strongest], rtol=1e-5)
-    usual = np.sqrt(np.mean((0.2 * u[:360]) ** 2, axis=0))[strongest]
-    np.testing.assert_allclose([b.get_width() / 2 for b in features.containers[0]], usual, rtol=1e-5)
-    assert features.get_xlabel() == "pull [background spread]"
-    assert first.get_suptitle() == f"Rank 1: event {order[0]}, score {scores[order[0]]:.4g}, labelled anomalous"
+    np.testing.assert_allclose([b.get_width() for b in features.containers[0]], expected[0, strongest], rtol=1e-5)
+    assert features.get_xlabel() == "pull [RMS in background]"
+    assert [t.get_text() for t in features.get_legend().get_texts()] == ["usual in background"]
+    assert first.get_suptitle() == f"Rank 1: event {order[0]}, score {scores[order[0]]:.4g}, signal"
+    np.testing.assert_allclose([f["u"] for f in entries[0]["features"]], [f["value"] for f in entries[0]["features"]])
     overview = result.figures["candidates"].axes[0]
     np.testing.assert_allclose(overview.images[0].get_array(), shown)
     assert [t.get_text() for t in overview.get_xticklabels()] == [f"x{j}" for j in range(24)]
@@ -191,9 +88,11 @@ def test_faithfulness_picture_and_summary(analysed):
     lines = {line.get_label(): line.get_ydata() for line in ax.lines}
     for name, values in check["drop"].items():
         np.testing.assert_array_equal(lines[name], values)
-    assert ax.get_ylabel() == "mean fall of the energy [spread over background]"
+    assert ax.get_ylabel() == "mean fall of the energy\n[spread of background energies]"
     text = summary(result.numbers)
-    assert text[0].startswith("36 of 360 normal events above the cut")
+    assert text[0].startswith("90 of 900 background events are above the cut")
+    assert "farther from the mean of background than" in text[0]
+    assert f"background energies, above whose mean they lie by {check['excess']:.2f} spreads" in text[-1]
     d = check["top_minus_random"][2]
     assert f"difference {d['mean']:.2f} [{d['interval'][0]:.2f}, {d['interval'][1]:.2f}]" in text[-1]
     assert "removing the 4 features" in text[-1]
@@ -212,8 +111,12 @@ def test_scorer_gives_units_processes_and_the_event_picture():
     values = {f["feature"]: f for f in entry["features"]}
     assert values["MET"]["value"] == events.x[top, 40]
     assert values["MET"]["unit"] == "GeV"
-    assert any(t.get_text().startswith("MET: ") for t in fig.axes[1].get_yticklabels())
-    assert any(t.get_text().endswith(" GeV") for t in fig.axes[0].get_yticklabels())
+    assert any(t.get_text().startswith("MET\n") for t in fig.axes[1].get_yticklabels())
+    u = scorer.bundle.preprocessing(events.x[top : top + 1].astype(float))[0]
+    assert values["MET"]["u"] == pytest.approx(u[40])
+    first = entry["features"][0]
+    assert fig.axes[0].get_yticklabels()[0].get_text().endswith(f"({first['u']:+.1f})")
+    assert "in brackets: spreads from the mean of background" in fig.axes[0].get_xlabel()
     assert sum(result.numbers["false_positives"]["processes"].values()) == pytest.approx(1)
     assert result.numbers["sigma"] == scorer.bundle.sigmas[scorer.bundle.default_level]
     assert result.numbers["above_the_models_threshold"] == int((energy > scorer.threshold).sum())
@@ -223,15 +126,21 @@ def test_scorer_gives_units_processes_and_the_event_picture():
 def test_without_labels():
     u = sample()[0]
     result = error_analysis(Gaussian(24), u, None, (u**2).sum(1), SIGMAS, n_top=1)
-    assert result.notes == ["no labels: false positives and false negatives cannot be told, only the highest scores "
-                            "and their pulls"]
+    assert result.notes == ["no labels: false positives and false negatives cannot be told"]
     assert set(result.figures) == {"candidate_1", "candidates", "faithfulness"}
-    assert "labelled" not in result.figures["candidate_1"].get_suptitle()
+    title = result.figures["candidate_1"].get_suptitle()
+    assert "background" not in title
+    assert "signal" not in title
+    legend = result.figures["candidate_1"].axes[0].get_legend().get_texts()
+    assert [t.get_text() for t in legend] == ["usual in these events"]
+    assert result.figures["faithfulness"].axes[0].get_ylabel().endswith("[spread of all energies]")
+    assert "times the spread of all energies" in summary(result.numbers)[-1]
 
 
 @pytest.mark.parametrize(("kept", "note", "picture"), [
-    (0, "none of 360 events is anomalous, so there are no false negatives", "false_positives"),
-    (1, "0 of 40 events are normal, too few for a cut, so neither false positives nor false negatives are shown", None),
+    (0, "none of 360 events is signal, so there are no false negatives", "false_positives"),
+    (1, "0 of 40 events are background, too few for a cut, so neither false positives nor false negatives are shown",
+     None),
 ])
 def test_one_class(kept, note, picture):
     u, y = sample()
@@ -240,25 +149,82 @@ def test_one_class(kept, note, picture):
     assert note in result.notes
     assert {k for k in result.figures if k.startswith("false")} == ({picture} if picture else set())
     assert ("faithfulness" in result.figures) == (kept == 0)
+    if kept == 1:
+        assert result.notes[-1].startswith("fewer than 10 background events (0): what is usual is not known")
 
 
-def test_a_single_event():
+def test_signal_alone_is_missed_at_the_models_threshold():
     u, y = sample()
-    result = error_analysis(Gaussian(24), u[:1], y[:1], (u[:1] ** 2).sum(1), SIGMAS)
-    assert [n.split(",")[0] for n in result.notes] == ["1 of 1 events are normal", "1 normal event(s)"]
-    assert set(result.figures) == {"candidate_1", "candidates"}
-    assert summary(result.numbers) == []
-    two = error_analysis(Gaussian(24), u[:2], y[:2], (u[:2] ** 2).sum(1), SIGMAS)
-    assert two.numbers["false_positives"]["n"] == 1
-    assert "KS" not in summary(two.numbers)[0]
+    model = Gaussian(24)
+    scores = (u[y == 1] ** 2).sum(1)
+    model.threshold = float(np.median(scores))
+    result = error_analysis(model, u[y == 1], y[y == 1], scores, SIGMAS)
+    assert (result.numbers["cut"], result.numbers["rejection"]) == (model.threshold, None)
+    assert result.numbers["false_negatives"]["n"] == 20
+    assert set(result.figures) == {"false_negatives"}
+    legend = [t.get_text() for t in result.figures["false_negatives"].legends[0].get_texts()]
+    assert legend == ["signal above the cut", "false negatives (20 of 40)"]
+    assert summary(result.numbers)[0].startswith("20 of 40 signal events are not above the threshold ")
+    assert "the model's threshold is taken" in result.notes[0]
+
+
+@pytest.mark.parametrize(("n", "labelled", "note"), [
+    (1, True, "fewer than 10 background events (1)"), (9, True, "fewer than 10 background events (9)"),
+    (1, False, "fewer than 10 events (1)")])
+def test_a_few_events_cannot_say_what_is_usual(n, labelled, note):
+    u, y = sample()
+    result = error_analysis(Gaussian(24), u[:n], y[:n] if labelled else None, (u[:n] ** 2).sum(1), SIGMAS)
+    assert result.notes[-1].startswith(f"{note}: what is usual is not known")
+    assert result.figures == {}
+    assert [(e["features"], e["groups"]) for e in result.numbers["candidates"]] == [([], {})] * n
+    assert all("KS" not in line for line in summary(result.numbers))
+
+
+def test_a_few_mistakes_are_counted_and_not_compared():
+    u, y = sample()
+    u, y = np.vstack([u[y == 0][:8], u[y == 1]]), np.repeat([0, 1], [8, 40])
+    result = error_analysis(Gaussian(24), u, y, (u**2).sum(1), SIGMAS)
+    assert result.numbers["false_positives"] == {"n": 4, "of": 8, "processes": {}}  # half of so few
+    assert "false_positives" not in result.figures
+    assert any(n.startswith("false positives at the cut") and "4, to compare with 8 of background" in n
+               for n in result.notes)
+
+
+def test_the_cut_keeps_enough_to_look_at():
+    u, y = sample()
+    result = error_analysis(Gaussian(24), u, y, (u**2).sum(1), SIGMAS, n_top=1)
+    assert result.numbers["false_positives"]["n"] == 50
+    assert result.numbers["rejection"] == pytest.approx(1 - 50 / 360)
 
 
 def test_nothing_missed():
     u, y = sample()
-    result = error_analysis(Gaussian(24), u, y, y + 0.0, SIGMAS, n_top=1, rejection=0.9)
+    result = error_analysis(Gaussian(24), u, y, y + 0.0, SIGMAS, n_top=1, rejection=0.8)
     assert result.notes == ["no false positives at the cut 0", "no false negatives at the cut 0"]
-    assert result.numbers["false_negatives"] == {"n": 0, "of": 40}
+    assert result.numbers["false_negatives"] == {"n": 0, "of": 40, "processes": {}}
     assert len(summary(result.numbers)) == 1
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_energies_without_spread_leave_out_the_check_alone(labelled):
+    u = np.tile(sample()[0][0], (40, 1))
+    y = np.zeros(40, int) if labelled else None
+    result = error_analysis(Gaussian(24), u, y, (u**2).sum(1), SIGMAS, n_top=1)
+    assert result.notes[-1].endswith("have no spread, so the pulls cannot be checked")
+    assert set(result.figures) == {"candidate_1", "candidates"}
+    assert "faithfulness" not in result.numbers
+    with pytest.raises(ValueError, match="the energies of 40 normal events have no spread"):
+        faithfulness(Gaussian(24), u, SIGMAS, u)
+
+
+def test_an_event_without_a_large_pull_says_so():
+    u, y = sample()
+    u[0] = 0.5
+    scores = np.zeros(len(u))
+    scores[0] = 1
+    result = error_analysis(Gaussian(24), u, y, scores, SIGMAS, n_top=2)
+    assert result.figures["candidate_1"].get_suptitle().endswith("; no feature pulls more than usual")
+    assert "no feature" not in result.figures["candidate_2"].get_suptitle()
 
 
 def test_features_without_spread():
@@ -278,25 +244,14 @@ def test_features_without_spread():
     ({"sigmas": (1.0, 0.5)}, ValueError, "2 noise levels given, the model has 1"),
     ({"rejection": 1.0}, ValueError, "rejection is 1.0, expected at least 0 and less than 1"),
     ({"feature_names": ["a"]}, DataError, "1 feature names given for 24 features"),
+    ({"event_id": ["a"]}, DataError, "event_id has 1 entries, expected one for each of 400 events"),
+    ({"process": np.array(["qcd"] * 401)}, DataError, "process has 401 entries, expected one for each of 400 events"),
 ])
 def test_bad_arguments(change, error, message):
     u, y = sample()
     arguments = {"X_test": u, "y_test": y, "scores": (u**2).sum(1), "sigmas": SIGMAS} | change
     with pytest.raises(error, match=message):
         error_analysis(Gaussian(24), **arguments)
-
-
-def test_features_that_no_normal_event_has():
-    scorer, x = load_scorer(DEMO), load_events("toy:300").x.copy()
-    x[1:, 36:40] = np.nan
-    x[0, 36:40] = 50, 30, 30, 20
-    check = faithfulness(scorer, x[:50], scorer.bundle.sigmas, x[1:])
-    assert np.isfinite(check["drop"]["largest pulls"]).all()
-
-
-def test_network_with_levels_wants_its_own():
-    with pytest.raises(ValueError, match="3 noise levels given, the model has 10"):
-        pulls(EnergyNetwork(4, 8), np.zeros((2, 4)), (1, 0.5, 0.2))
 
 
 def run(*arguments):

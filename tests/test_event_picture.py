@@ -78,12 +78,16 @@ def test_radius_direction_and_colour():
 def test_labels_rings_and_legend():
     ax = drawn(EVENT, pulls={"obj0": 0.8})
     assert {t.get_text() for t in ax.texts} >= {"0", "1", "MET"}
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["50 GeV", "100 GeV", "200 GeV"]
-    np.testing.assert_allclose(ax.get_yticks(), np.sqrt([50, 100, 200]))
+    rings = [t for t in ax.texts if t.get_text().endswith("GeV")]
+    assert [(t.get_text(), t.get_position()[1] ** 2) for t in rings] == [("100 GeV", pytest.approx(100)),
+                                                                         ("200 GeV", pytest.approx(200))]
+    assert all(t.zorder > max(p.zorder for p in ax.patches) for t in rings)  # over the objects
+    np.testing.assert_allclose(ax.get_yticks(), np.sqrt([100, 200]))
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["jet (broad)", "lepton or photon", "MET"]
-    assert "softer would be more ordinary" in ax.get_legend().get_title().get_text()
-    assert ax.get_xlabel() == "azimuth [rad], radius ∝ √pT"
-    assert not drawn(EVENT[:2]).get_legend().get_title().get_text()
+    units, colours = ax.get_legend().get_title().get_text().split("\n")
+    assert units == "azimuth [rad], radius ∝ √pT"
+    assert "softer would be more ordinary" in colours
+    assert drawn(EVENT[:2]).get_legend().get_title().get_text() == units
 
 
 def test_missing_momentum_alone():
@@ -93,9 +97,9 @@ def test_missing_momentum_alone():
 @pytest.mark.parametrize("n", [4, 10])
 def test_names_do_not_lie_on_each_other(n):
     crowd = [Object(f"obj{i}", JET, 100 - i, 0, 0.05 * i) for i in range(n)]
-    ax = drawn(crowd)
-    names = [t for t in ax.texts if t.get_text().isdigit()]
+    ax = drawn([*crowd, Object("MET", UNSEEN, 100 - n, np.nan, 0.05 * n)])
+    names = [t for t in ax.texts if t.get_text().isdigit() or t.get_text() == "MET"]
     boxes = [t.get_window_extent() for t in names]
-    assert len(boxes) == n
+    assert len(boxes) == n + 1
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert ax.get_rmax() > 1.1 * np.sqrt(100)

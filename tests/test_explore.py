@@ -78,6 +78,19 @@ def test_edges():
     assert not edges([rng.lognormal(size=1000) - 0.1, np.zeros(50)], logarithmic=True)[1]
 
 
+def test_axes_of_angles_and_counts():
+    """A bounded angle is never on a logarithmic axis, long tail or not; counts have ticks at whole numbers alone."""
+    rng = np.random.default_rng(0)
+    x = np.stack([np.pi - np.minimum(rng.exponential(0.05, 2000), 3), rng.integers(0, 3, 2000)], axis=1)
+    x[:20, 0] = 0.1
+    pages = {unit: explore_data(x, x, None, ["dphi", "n_lep"], units=[unit, ""]).figures["features_1"]
+             for unit in ("rad", "GeV")}
+    assert [pages[unit].axes[0].get_xscale() for unit in pages] == ["linear", "log"]
+    counts = pages["rad"].axes[1]
+    assert {0, 1, 2} <= set(counts.get_xticks())
+    assert all(t == round(t) for t in (*counts.get_xticks(), *counts.get_xticks(minor=True)))
+
+
 def test_what_is_written():
     assert label("x", "GeV^1/2") == "x [GeV$^{1/2}$]"
     assert label("n_jets") == "n_jets"
@@ -199,7 +212,7 @@ def test_a_feature_missing_everywhere():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ((TRAIN[:1], TEST, Y), r"1 training background event\(s\), expected at least 2"),
+    ((TRAIN[:1], TEST, Y), "expected at least 2 training background events, to see a spread, given 1"),
     ((TRAIN[:, 3:], TEST[:, 3:], Y), "none of the 1 features has a spread in the 600 training events"),
     ((TRAIN[:, :2], TEST, Y), r"expected X_train \(n, D\) and X_test \(m, D\), given \(600, 2\) and \(600, 4\)"),
     ((TRAIN, TEST, Y[1:]), r"expected y_test of shape \(600,\)"),
@@ -210,6 +223,8 @@ def test_a_feature_missing_everywhere():
 def test_bad_data(arguments, message):
     with pytest.raises(DataError, match=message):
         explore_data(*arguments)
+    with pytest.raises(DataError, match="1 units given for 4 features"):
+        explore_data(TRAIN, TEST, Y, units=["GeV"])
 
 
 def test_pictures_are_written_whole_and_the_same_again(explored, tmp_path):

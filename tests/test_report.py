@@ -168,7 +168,7 @@ def test_numbers_on_the_page_are_those_of_the_json(labelled):
     assert top["event"] == str(np.argmax(energy))
     row, strongest = page.row("1", top["event"]), max(top["groups"], key=lambda g: abs(top["groups"][g]))
     assert row[2] == short(top["score"], 5)
-    assert row[6].startswith(f"{strongest} {fixed(top['groups'][strongest], 2, True)}, ")
+    assert row[6].startswith(f"{strongest} {fixed(top['groups'][strongest], 1, True)}, ")
     assert "With the weights" in page.text
 
 
@@ -190,9 +190,11 @@ def test_names_are_escaped(labelled):
 def test_efficiency_of_a_looser_cut_where_the_flag_is_rare(labelled):
     bundle, e, done = labelled
     energy = load_scorer(bundle, "reference").energy(e.x)
-    found, cut = done.numbers["efficiency"], cut_at_rejection(energy[e.label == 0], 0.99)
+    found, cut = done.numbers["efficiency"], cut_at_rejection(energy[e.label == 0], 1 - 100 / 1800)
     assert (found["is_flag"], found["cut"], list(found["of"])) == (False, cut, ["ht", "MET", "n_jets"])
-    assert "the cut that keeps 1.00% of the background" in done.page
+    assert "the cut that keeps 5.6% of the background" in done.page
+    flagged = round(1800 * done.numbers["flagged"]["background"]["rate"])
+    assert f"of 1,800 background events it is raised for {flagged}, too few" in done.page
     jets = found["of"]["n_jets"]
     assert jets["edges"] == [-0.5, 0.5, 1.5, 2.5, 3.5]
     rows = (e.label == 1) & (e.x[:, 2] == 3)
@@ -209,13 +211,20 @@ def constant(e):
     (events(label=None, process=None), {"threshold": None}, ["no labels: neither", "has no threshold, so it flags",
                                                              "no trigger rate"], ["roc"]),
     (events(signal=0), {"rate": 0.2}, ["background only: nothing to tell apart", "Share of events above the threshold",
-                                       "Of 2,000 background events here it flags"], ["roc", "false_negatives"]),
-    (events(signal=1), {"provenance": {}}, ["signal only: nothing", "Electrical energy: not measured"],
+                                       "of 2,000 background events here: 0.", "Jensen-Shannon"],
+     ["roc", "false_negatives"]),
+    (events(signal=1), {"provenance": {}}, ["signal only: nothing", "Electrical energy: not measured",
+                                                 "Share of events above the threshold, with"],
      ["roc", "training", "faithfulness"]),
-    (events(1, signal=0), {}, ["1 background event(s): no efficiency"], ["roc", "efficiency", "faithfulness"]),
+    (events(1, signal=0), {}, ["1 background event: no efficiency", "of 1 background event here"],
+     ["roc", "efficiency", "faithfulness"]),
+    (events(1, signal=0)[np.zeros(5, int)], {}, ["ht has fewer than two values", "of 5 background events here"],
+     ["efficiency", "faithfulness"]),
     (events(2, signal=0.5), {}, ["no comparison with simple detectors"], ["roc"]),
-    (constant(events(label=None)), {}, ["ht has fewer than two values", "Not tested: it takes labels"], ["efficiency"]),
-], ids=["no labels, no threshold", "background", "signal, no provenance", "one event", "two events", "no spread"])
+    (constant(events(label=None)), {}, ["ht has fewer than two values", "Not tested: it takes background events"],
+     ["efficiency"]),
+], ids=["no labels, no threshold", "background", "signal, no provenance", "one event", "five the same",
+        "two events", "no spread"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_the_sample_lacks(e, change, present, absent, tmp_path, monkeypatch):
     monkeypatch.setattr(Pictures, "save", lambda self, out: [  # without the PDFs, which take as long again

@@ -81,8 +81,8 @@ def test_pictures(tmp_path):
     mass = rng.exponential(size=3000)
     mass[:10] = np.nan
     shaped = plot_sculpting(mass, scores["energy"][:3000], [1.0, 2.0, 50.0], "m_jj", "GeV")
-    top, bottom = shaped.axes
-    labels = [t.get_text() for t in top.get_legend().get_texts()]
+    _, bottom = shaped.axes
+    labels = [t.get_text() for t in shaped.legends[0].get_texts()]
     assert labels[0] == "all background"
     assert len(labels) == 3  # nothing passes the last cut
     assert bottom.get_xlabel() == "m_jj [GeV]"
@@ -93,3 +93,45 @@ def test_pictures(tmp_path):
     assert sorted(f.name for f in files) == ["sculpting.pdf", "sculpting.png", "sic.pdf", "sic.png"]
     with pytest.raises(ValueError, match="m_jj is missing in every event"):
         plot_sculpting(np.full(5, np.nan), np.zeros(5), [0.0], "m_jj")
+
+
+def test_the_sculpting_picture_hides_nothing():
+    """Every point is within the axes, beside those of other cuts, with the Poisson interval of its number of events."""
+    pytest.importorskip("mplhep", reason="pictures need matplotlib, mplhep and hist")
+    from scipy.stats import chi2
+
+    from ebm.plots import plot_sculpting
+
+    rng = np.random.default_rng(0)
+    mass = rng.exponential(100, size=20_000)
+    score = mass + rng.normal(size=20_000)
+    figure = plot_sculpting(mass, score, np.quantile(score, [0.9, 0.999]).tolist(), "m_jj", "GeV")
+    x = []
+    for ax in figure.axes:
+        assert ax.get_yscale() == "log"
+        for n, container in zip((2000, 20), ax.containers):
+            points, _, (bars,) = container.lines
+            at, y = points.get_data()
+            assert ax.get_ylim()[0] < y.min()
+            assert y.max() < ax.get_ylim()[1]
+            x.append(set(at))
+            if ax is figure.axes[0]:
+                width = np.ptp(ax.get_xlim()) / 25
+                k = np.round(y * n * width)
+                np.testing.assert_allclose(k.sum(), n)
+                low, high = np.array([s[:, 1] for s in bars.get_segments()]).T * n * width
+                tail = 0.158655
+                np.testing.assert_allclose(low, chi2.ppf(tail, 2 * k) / 2, rtol=1e-4)
+                np.testing.assert_allclose(high, chi2.ppf(1 - tail, 2 * k + 2) / 2, rtol=1e-4)
+    assert not x[0] & x[1]
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert labels == ["all background", "most anomalous 10% (2,000 events)", "most anomalous 0.1% (20 events)"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_picture_of_a_mass_that_is_nearly_constant():
+    pytest.importorskip("mplhep", reason="pictures need matplotlib, mplhep and hist")
+    from ebm.plots import plot_sculpting
+
+    mass = np.r_[np.ones(5000), 2.0]
+    assert plot_sculpting(mass, np.arange(5001.0), [4000.0], "m_jj").axes[0].get_xlim() == (1, 2)

@@ -1,4 +1,4 @@
-"""The HiggsML study: derived features by hand, no signal and no test event in any fit, figures, and bad input."""
+"""The HiggsML study: no signal and no test event in any fit, figures, and bad input."""
 
 import functools
 import json
@@ -6,44 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ebm import baselines, higgsml, metrics, study
 from ebm.__main__ import app
 from ebm.events import DataError, Events, load_events, split
-from ebm.higgsml_features import engineered, ratio
 from ebm.study import COUNT, DETECTORS, ENERGY, VARIANTS, figures_of_merit, findings, higgsml_study, page
 
 NAMES = higgsml.SCHEMA.features
 TINY = {"steps": 4, "hidden_dim": 8, "n_layers": 1}
-
-TWO_JETS = {
-    "DER_mass_MMC": 120, "DER_mass_transverse_met_lep": 30, "DER_mass_vis": 60, "DER_pt_h": 50,
-    "DER_deltaeta_jet_jet": 2, "DER_mass_jet_jet": 300, "DER_prodeta_jet_jet": -1, "DER_deltar_tau_lep": 2.5,
-    "DER_pt_tot": 25, "DER_sum_pt": 250, "DER_pt_ratio_lep_tau": 1.5, "DER_met_phi_centrality": 1,
-    "DER_lep_eta_centrality": 0.5, "PRI_tau_pt": 40, "PRI_tau_eta": 0.5, "PRI_tau_phi": 3, "PRI_lep_pt": 60,
-    "PRI_lep_eta": -0.5, "PRI_lep_phi": -3, "PRI_met": 20, "PRI_met_phi": 0, "PRI_met_sumet": 500, "PRI_jet_num": 2,
-    "PRI_jet_leading_pt": 100, "PRI_jet_leading_eta": 1, "PRI_jet_leading_phi": np.pi,
-    "PRI_jet_subleading_pt": 50, "PRI_jet_subleading_eta": -1, "PRI_jet_subleading_phi": 1, "PRI_jet_all_pt": 150,
-}  # fmt: skip
-DERIVED = {
-    "met_over_tau_pt": 0.5, "met_over_lep_pt": 1 / 3, "subleading_over_leading_jet_pt": 0.5, "pt_h_over_sum_pt": 0.2,
-    "mass_vis_over_pt": 0.6, "transverse_mass_over_pt": 0.5, "mass_vis_over_mass_MMC": 0.5, "mass_jet_jet_over_pt": 2,
-    "tau_lep_balance": -0.2, "met_balance": 20 / 270, "pt_tot_over_sum_pt": 0.1,
-    "jets_over_sum_pt": 0.6, "jets_over_met": 150 / 170, "jets_over_sumet": 0.3,
-    "cos_dphi_tau_lep": np.cos(6), "cos_dphi_tau_met": np.cos(3), "cos_dphi_lep_met": np.cos(3),
-    "cos_dphi_jet_met": -1, "cos_theta_tau_lep": np.tanh(0.5), "cos_theta_jet_jet": np.tanh(1),
-}  # fmt: skip
-OF_TWO_JETS = ("subleading_over_leading_jet_pt", "mass_jet_jet_over_pt", "cos_theta_jet_jet")
-
-
-def event(**changes):
-    """The derived features of one event by name."""
-    row = np.array([list((TWO_JETS | changes).values())], np.float32)
-    e = engineered(Events(higgsml.SCHEMA, row, np.array(["1"])))
-    np.testing.assert_array_equal(e.x[:, :30], np.where(row == -999, np.nan, row))
-    return dict(zip(e.schema.features[30:], e.x[0, 30:]))
-
 
 def events(n=600, seed=0):
     """Events like HiggsML's: every third is signal, with more momentum and more jets; absent jets are NaN."""
@@ -72,44 +44,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(baselines, "_AUTOENCODER_EVENTS", 1)
     monkeypatch.setitem(study.BASELINES, "isolation forest", lambda seed: baselines.IsolationForest(5, seed))
     monkeypatch.setattr(study, "fit_background", functools.partial(study.fit_background, **TINY))
-
-
-def test_every_derived_feature_by_hand():
-    found = event()
-    assert list(found) == list(DERIVED)
-    for name, value in DERIVED.items():
-        assert found[name] == pytest.approx(value, rel=1e-6), name
-
-
-def test_what_is_missing_stays_missing():
-    absent = {n: -999 for n, optional in zip(NAMES, higgsml.SCHEMA.optional) if optional and "jet" in n}
-    none = event(PRI_jet_num=0, PRI_jet_all_pt=0, **absent)
-    gone = {n for n, v in none.items() if np.isnan(v)}
-    assert gone == {*OF_TWO_JETS, "cos_dphi_jet_met"}
-    assert (none["jets_over_sum_pt"], none["jets_over_met"], none["met_balance"]) == (0, 0, pytest.approx(20 / 120))
-    one = {n: v for n, v in absent.items() if "jet_leading" not in n}
-    assert {n for n, v in event(PRI_jet_num=1, **one).items() if np.isnan(v)} == set(OF_TWO_JETS)
-    assert {n for n, v in event(DER_mass_MMC=np.nan).items() if np.isnan(v)} == {"mass_vis_over_mass_MMC"}
-
-
-def test_nothing_is_divided_by_zero():
-    with np.errstate(all="raise"):
-        zero = event(**dict.fromkeys((n for n in NAMES if "pt" in n or "mass" in n or "met" in n), 0))
-        np.testing.assert_array_equal(ratio(np.array([1.0, 1, 1, np.nan]), np.array([2.0, 0, np.nan, 2])),
-                                      [0.5, np.nan, np.nan, np.nan])
-    assert all(np.isnan(v) for n, v in zero.items() if not n.startswith("cos"))
-    assert not any(np.isinf(v) for v in zero.values())
-
-
-def test_derived_features_know_no_scale_and_no_direction():
-    e = events()
-    scaled = e.x.copy()
-    scaled[:, [j for j, unit in enumerate(higgsml.SCHEMA.units) if unit == "GeV"]] *= 2
-    rotated = e.x.copy()
-    rotated[:, [j for j, n in enumerate(NAMES) if n.endswith("_phi")]] += 1
-    for other in (scaled, rotated):
-        np.testing.assert_allclose(engineered(replace(e, x=other)).x[:, 30:], engineered(e).x[:, 30:], atol=1e-5)
-    assert engineered(e).schema.units[30:] == ("",) * len(DERIVED)
 
 
 def test_neither_signal_nor_test_events_enter_a_fit(monkeypatch):
@@ -232,19 +166,23 @@ def test_the_command(file, tmp_path):
     result = run("higgsml", file, "--out", out, "--json", tmp_path / "study.json", "--seeds", 2)
     assert result.exit_code == 0, result.output
     figures = ("auroc", "strata", "roc", "scores", "derived_features")
-    assert {p.name for p in out.iterdir()} == {"study.md", *(f"{f}.{k}" for f in figures for k in ("png", "pdf"))}
+    files = {"study.md", "study.json", *(f"{f}.{k}" for f in figures for k in ("png", "pdf"))}
+    assert {p.name for p in out.iterdir()} == files
     r = json.loads((tmp_path / "study.json").read_text())
     assert (r["features"], r["seeds"], len(r["derived"])) == ([30, 50], 2, 20)
+    assert json.loads((out / "study.json").read_text()) | {"notes": []} == r
     e = load_events(file)
     inside = split(e)
+    assert r["n_events"] == len(e)
     assert r["n_train_background"] == np.sum(inside.train & (e.label == 0))
     assert (r["n_signal"], r["n_background"]) == tuple(np.sum(inside.test & (e.label == c)) for c in (1, 0))
-    assert set(r["compressed"].values()) <= {"log1p", "asinh"}
+    assert set(r["compressed"].values()) <= {"asinh"}
     assert list(r["detectors"]) == list(DETECTORS)
     missing = np.isnan(e.x[inside.test]).sum(1)
     assert r["detectors"][COUNT]["before"]["auroc"] == pytest.approx(metrics.auroc(e.label[inside.test], -missing))
     text = (out / "study.md").read_text()
-    for part in (*DETECTORS, "| 0.58 |", "| 0.63 |", "0.60 to 0.70", "3 jets or more", "![roc](roc.png)", *findings(r)):
+    for part in (*DETECTORS, "| 0.58 |", "| 0.63 |", "0.60 to 0.70", "3 jets or more", "![roc](roc.png)", *findings(r),
+                 f"here has {len(e):,}. It calls", "Means over 2 seeds, ±"):
         assert part in text
     assert f"{r['detectors'][ENERGY]['before']['auroc']:.3f}" in text
 
@@ -266,8 +204,24 @@ def test_the_same_events_give_the_same_numbers_and_figures_show_them():
     for line in ax.lines:
         assert (np.diff(line.get_xdata()) >= 0).all()
         assert (line.get_ydata() >= 1).all()
-    assert [a.get_xlabel() for a in pictures.figures["derived_features"].axes] == list(DERIVED)
-    assert "seed(s)" in page(pictures.numbers)
+    assert [a.get_xlabel() for a in pictures.figures["derived_features"].axes] == list(pictures.numbers["derived"])
+    assert "in training), AUROC" in pictures.figures["scores"].axes[0].get_legend().get_title().get_text()
+    assert "One seed; brackets" in page(higgsml_study(events(), norm, seeds=1, resamples=2).numbers)
+
+
+def test_small_networks_are_fitted_on_one_thread():
+    seen, before = [], torch.get_num_threads()
+
+    def energies(bundle, x):
+        seen.append(torch.get_num_threads())
+        return norm(bundle, x)
+
+    torch.set_num_threads(3)
+    try:
+        higgsml_study(events(), energies, seeds=1, resamples=2)
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bad_input(file, tmp_path):

@@ -107,13 +107,14 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, expl
         return n, train(n, gaussian(100), SIGMAS, energy_and_score=score_of, **options, **more)
 
     whole, history = run()
-    path, write = tmp_path / "new" / "c.safetensors", Run.write
+    path, write, spent, times = tmp_path / "new" / "c.safetensors", Run.write, [], {"seconds": 0, "cpu_seconds": 0}
 
     class Killed(Exception):
         pass
 
     def write_and_die(self, *arguments):
         write(self, *arguments)
+        spent.append((self.history.seconds, self.history.cpu_seconds))
         raise Killed
 
     monkeypatch.setattr(Run, "write", write_and_die)
@@ -122,8 +123,11 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, expl
             run(checkpoint=path, resume=True)
     monkeypatch.undo()
     resumed, same = run(checkpoint=path, resume=True)
+    for so_far in zip(*spent, (same.seconds, same.cpu_seconds)):  # of all runs together
+        assert (np.diff((0, *so_far)) >= 0).all()
+        assert so_far[-1] > so_far[0] > 0
     assert torch.equal(weights(resumed), weights(whole))
-    assert replace(same, seconds=0) == replace(history, seconds=0)
+    assert replace(same, **times) == replace(history, **times)
     finished, _ = run(checkpoint=path, resume=True)
     assert torch.equal(weights(finished), weights(whole))
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
@@ -195,6 +199,7 @@ def test_the_command_shows_and_keeps_what_it_did(tmp_path):
     assert p["history"][0]["steps"] == [*range(9, 250, 9), 250]
     assert set(p["dequantised"]) <= {"n_jets", "n_btag", "n_lep"}
     assert "n_jets" in p["dequantised"]
+    assert p["cpu_seconds"] > 0
 
 
 def test_an_ensemble_is_one_network_with_the_mean_energy():

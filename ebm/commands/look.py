@@ -81,7 +81,8 @@ def errors(
     model: Model,
     data: Data,
     out: Pictured,
-    rejection: Annotated[float, typer.Option(help="Share of the normal events at or below the cut.")] = 0.99,
+    rejection: Annotated[float, typer.Option(
+        help="Share of background at or below the cut; less where fewer than 50 events would be above.")] = 0.99,
     json_file: Json = None,
     backend: BackendName = "auto",
 ) -> None:

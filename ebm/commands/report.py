@@ -29,6 +29,7 @@ def report(
     check_pictures(out, json_file)
     bundle, events, scorer = open_model(model, data, backend)
     from ebm.report import report as write
+    from ebm.report_words import plural
 
     done = write(bundle, events, scorer, out, model=model.resolve().name)
     if json_file is not None:
@@ -36,4 +37,5 @@ def report(
     for line in done.numbers["summary"]:
         print(line)
     notes = [f"note: {note}" for note in done.numbers["notes"]]
-    print(*notes, f"{done.files[0]}: the page, {len(done.files) - 1} pictures beside it", sep="\n")
+    pictures = plural(len(done.files) // 2, "picture")
+    print(*notes, f"{done.files[0]}: the page, and {pictures} beside it, each as PNG and PDF", sep="\n")

@@ -10,7 +10,7 @@ import typer
 
 from ebm.bundle import Bundle
 from ebm.command import one_sentence, whole_file
-from ebm.commands import Json, Pictured, app, check_pictures, deliver, load
+from ebm.commands import Json, Pictured, app, check_pictures, deliver, load, write_json
 
 
 class Study(StrEnum):
@@ -33,7 +33,8 @@ def study(
 
     Autoencoders with two bottlenecks and two losses, the energy, an isolation forest and the number of missing values,
     before and after 20 features are added: AUROC with 95% intervals, paired differences, AUPRC, and AUROC at equal
-    number of jets, beside published figures. Writes study.md and its pictures. Takes some minutes for 11,000 events.
+    number of jets, beside published figures. Writes study.md, its pictures, and its numbers as study.json. Takes some
+    minutes for 11,000 events.
     """
     check_pictures(out, json_file)
     events = load(data)
@@ -49,6 +50,7 @@ def study(
 
     pictures = higgsml_study(events, energies, seeds=seeds, energy_and_score_of=energy_and_score_of)
     deliver(pictures, out, json_file)
+    write_json(out / "study.json", pictures.numbers)
     with whole_file(out / "study.md") as f:
         f.write(page(pictures.numbers, list(pictures.figures)).encode())
     console().print(Markdown(page(pictures.numbers)))
