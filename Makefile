@@ -48,7 +48,7 @@ serve: setup  ## the scoring service on the demo model, at http://127.0.0.1:8000
 demo: setup  ## train the committed demo model again (toy events, seed 0: two minutes)
 	$(RUN) -m ebm train toy --out models/demo
 	$(RUN) -m ebm calibrate models/demo toy:2000000
-	-$(RUN) -m kernels calibrate models/demo toy
+	-$(RUN) -m kernels calibrate models/demo toy:2000000
 
 triton-server: setup  ## .triton-server: Triton Inference Server 2.51, without docker, for its tests (half a minute)
 	$(RUN) -m venv --clear .triton-server

@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         report, path = measure(given.out, given.quick, given.dry_run, given.only)
-    except (OSError, RuntimeError) as e:
+    except (ImportError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     print_report(report, path)

@@ -106,7 +106,7 @@ class Device:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], Any], repeats: int = 4) -> list[float]:
-        """Seconds on the device of each of some calls back to back; what the host needs to enqueue them is hidden.
+        """Seconds on the device of each of some calls back to back; what the host needs, up to 32 ms, is hidden.
 
         Where the first of them began before all were enqueued, the device may have waited for the host: once more,
         with a longer head start.

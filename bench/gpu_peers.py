@@ -79,7 +79,7 @@ def peers(setting: Setting, which: str) -> None:
     for precision, batch in todo:
         what = f"peers {precision}, batch {batch}"
         if setting.has_time(what, _COMPILE_S):
-            attempt(what, lambda p=precision, n=batch: _beside(setting, ours, p, n), ours=False)
+            attempt(what, lambda p=precision, n=batch: _beside(setting, ours, p, n))
 
 
 def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, mode: str | None = None) -> None:
@@ -108,9 +108,8 @@ def _beside(setting: Setting, ours: dict[str, Any], precision: str, batch: int, 
                     r.cpu().numpy() for r in call(torch.from_numpy(alone).to(device.where))]
 
         attempt(f"{name} {p}, batch {batch}", check, ours=not peer)
-    if not mode:
-        products = _products(setting, precision, batch)
-        products()
+    what = f"{PRODUCTS} {precision}, batch {batch}"
+    if not mode and (products := attempt(what, lambda: _products(setting, precision, batch), ours=False)):
         ready[PRODUCTS + DEVICE] = on_device(device, products)
     for told, quantiles in sample(ready, setting.sample_s).items():
         if told == PRODUCTS + DEVICE:
@@ -129,6 +128,7 @@ def _products(setting: Setting, precision: str, batch: int) -> Callable[[], None
         for left, right, out in triples:
             torch.mm(left, right, out=out)
 
+    products()
     return products
 
 
@@ -139,7 +139,7 @@ def training(setting: Setting, _: str) -> None:
             matmul_mode(precision)
             what = f"training {precision}, batch {batch}"
             if setting.has_time(what, _COMPILE_S):
-                attempt(what, lambda p=precision, n=batch: _steps(setting, p, n), ours=False)
+                attempt(what, lambda p=precision, n=batch: _steps(setting, p, n))
 
 
 def _steps(setting: Setting, precision: str, batch: int) -> None:

@@ -34,7 +34,7 @@ def figures(report: dict) -> list[Figure]:
     rows, flows = report["results"], [t for t in report["throughput"] if t["passed"]]
     return [_matrix_rate(flows), _against_compiled(rows, flows, ("bf16",), "bf16", 2.5, 4.0),
             _against_compiled(rows, flows, EXACT, "fp32", 1.5, 3.0),
-            _latency(rows, "graph-device", "p50_us", "batch 1, graph replay, p50", 20, 10),
+            _latency(rows, "graph-device", "p50_us", "batch 1, graph replay on the device, p50", 20, 10),
             _latency(rows, "call", "p50_us", "batch 1, NumPy to NumPy, p50", 40, 25),
             _latency(rows, "call", "p99_us", "batch 1, NumPy to NumPy, p99", 80, 40),
             _bus(flows), *_training(report["training"])]

@@ -67,20 +67,20 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
-def intensity(a: Architecture, batch: int, score: bool) -> float:
+def intensity(a: Architecture, batch: int, score: bool, weight_bytes: int = 4) -> float:
     """FLOP per byte of the model above."""
     directions = 1 + score
-    weights = directions * n_weights(a) * max(1, batch / TILE)
+    weights = weight_bytes * directions * n_weights(a) * max(1, batch / TILE)
     events = batch * (a.input_dim * directions + 1)
     activations = batch * 2 * (a.n_layers + 1) * a.hidden_dim * score
-    return batch * flop_per_event(a, score) / (4 * (weights + events + activations))
+    return batch * flop_per_event(a, score) / (weights + 4 * (events + activations))
 
 
 def points(report: dict, task: str) -> list[dict]:
     """The rows of that task that were timed on a CPU, with `flop_per_byte` and `gflops`."""
     sizes = ("kind", "input_dim", "hidden_dim", "n_layers", "n_sigmas")
     a, score = Architecture(**{name: report["model"][name] for name in sizes}), task == ENERGY_AND_SCORE
-    return [r | {"flop_per_byte": intensity(a, r["batch"], score),
+    return [r | {"flop_per_byte": intensity(a, r["batch"], score, {"int16": 2, "int8": 1}.get(r["precision"], 4)),
                  "gflops": r["batch"] * flop_per_event(a, score) / r["p50_us"] / 1e3}
             for r in report["results"] if r["task"] == task and r["device"] == "cpu" and r["p50_us"]]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REMOVED = (1, 2, 4, 8, 16)  # numbers of features taken away in the check
 HEADLINE = 4  # the one that is quoted
+FEWEST = 10  # events that tell what is usual
 _DRAWS, _RESAMPLES = 10, 1000
 
 # What belongs together, by the names of hep64-v1 and of HiggsML; other features stand for themselves.
@@ -56,9 +57,10 @@ def pulls(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.ndarray
     dE/du at every noise level over its RMS in the background events `normal` (m, D), averaged over the levels (high
     noise sees what lies far out, low noise what breaks a correlation), and again over its RMS: 1 is ordinary, 3 three
     times what is usual for that feature. Positive: a smaller value would be more ordinary. Only events that have a
-    feature count in its RMS; where that is 0 the pull is. An autoencoder has one level; a Gaussian's pull at one level
-    is the feature's distance from what the others imply. Events are raw for a Scorer, whose pull at a missing or
-    constant feature is 0, and preprocessed for a network, which cannot tell imputed values from others.
+    feature count in its RMS; one that fewer than 10 have is measured by that of all features. An autoencoder and an
+    export have one level; a Gaussian's pull at one level is the feature's distance from what the others imply. Events
+    are raw for a Scorer, whose pull at a missing or constant feature is 0, and preprocessed for a network, which cannot
+    tell imputed values from others.
     Raises ValueError where `sigmas` are not the model's in number.
     """
     scorer = hasattr(model, "attribution")
@@ -67,10 +69,10 @@ def pulls(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.ndarray
     if not autoencoder and len(sigmas) != levels:
         raise ValueError(f"{len(sigmas)} noise levels given, the model has {levels}")
     pull, of_normal = np.zeros(x.shape), np.zeros(normal.shape)
-    for k in range(levels):
-        gradient = _gradient(model, normal, None if autoencoder else k)
+    for k in [None] if autoencoder or hasattr(model, "options") else range(levels):
+        gradient = _gradient(model, normal, k)
         usual = _usual(gradient)
-        pull += _gradient(model, x, None if autoencoder else k) / usual
+        pull += _gradient(model, x, k) / usual
         of_normal += gradient / usual
     return pull / _usual(of_normal)
 
@@ -89,9 +91,13 @@ def _gradient(model: Any, x: np.ndarray, k: int | None) -> np.ndarray:
 
 
 def _usual(values: np.ndarray) -> np.ndarray:
-    """(D,): RMS of what is not 0 in values (m, D); infinite where all is, so that what is divided by it becomes 0."""
-    rms = np.sqrt((values**2).sum(axis=0) / np.maximum(np.count_nonzero(values, axis=0), 1))
-    return np.where(rms > 0, rms, np.inf)
+    """(D,): RMS of what is not 0 in values (m, D), over all features for one that fewer than FEWEST events have.
+
+    Infinite where that is 0, so that what is divided by it becomes 0.
+    """
+    squares, n = (values**2).sum(axis=0), np.count_nonzero(values, axis=0)
+    mean = np.where(n >= FEWEST, squares / np.maximum(n, 1), squares.sum() / max(n.sum(), 1))
+    return np.where(mean > 0, np.sqrt(mean), np.inf)
 
 
 def group(features: Sequence[str]) -> dict[str, list[int]]:
@@ -129,13 +135,13 @@ def faithfulness(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.
     """Whether the features with the largest pulls are those that raise the energy of events x (n, D).
 
     Features are removed, that is replaced by what the event's other features imply: their linear regression on them
-    over the events `normal` (m, D), after preprocessing. (A fixed value, as the median, would make events that cannot
-    be, such as sums of momenta that are not the momenta's sum, and an energy is high for those; Frye et al.,
-    arXiv:2006.01272.) Removed are those with the largest pulls, those that lie farthest out, and random ones (of 10
-    draws the mean), always among the features an event has. `drop` has the mean fall of the energy in units of its
-    spread over `normal`, for each number in `removed`, and `excess` by how much the energy exceeds its mean over
-    `normal`; `top_minus_random` the difference between largest pulls and random, with its 95% interval over resampled
-    events (NaN for a single one), and `better` the share of events in which it is positive.
+    over the events `normal` (m, D), after preprocessing and within the range that they have there. (A fixed value, as
+    the median, would make events that cannot be, such as sums of momenta that are not the momenta's sum, and an energy
+    is high for those; Frye et al., arXiv:2006.01272.) Removed are those with the largest pulls, those that lie farthest
+    out, and random ones (of 10 draws the mean), always among the features an event has. `drop` has the mean fall of the
+    energy in units of its spread over `normal`, for each number in `removed`, and `excess` by how much the energy
+    exceeds its mean over `normal`; `top_minus_random` the difference between largest pulls and random, with its 95%
+    interval over resampled events (NaN for a single one), and `better` the share of events in which it is positive.
     Raises ValueError where the energies of `normal` have no spread.
     """
     from sklearn.covariance import LedoitWolf
@@ -147,14 +153,16 @@ def faithfulness(model: Any, x: np.ndarray, sigmas: Sequence[float], normal: np.
         raise ValueError(f"the energies of {len(normal)} normal events have no spread to compare with")
     u, raw = preprocessed(model, x), hasattr(model, "attribution") and model.preprocess
     usable, distance = (pull != 0) & there, np.abs(u)
-    background = LedoitWolf().fit(preprocessed(model, normal))  # shrunk: fewer events than features are enough
+    of_normal = preprocessed(model, normal)
+    low, high = of_normal.min(axis=0), of_normal.max(axis=0)
+    background = LedoitWolf().fit(of_normal)  # shrunk: fewer events than features are enough
 
     def drop(rank: np.ndarray, m: int) -> np.ndarray:
         order = np.argsort(-np.where(usable, rank, -np.inf), axis=1)
         taken = np.zeros(x.shape, bool)
         np.put_along_axis(taken, order[:, :m], True, axis=1)
         taken &= usable
-        implied = _implied(u, taken, background.location_, background.precision_)
+        implied = _implied(u, taken, background.location_, background.precision_).clip(low, high)
         implied = np.where(taken, model.bundle.preprocessing.inverse(implied) if raw else implied, x)
         return (before - energies(model, implied.astype(x.dtype), sigmas)) / spread
 

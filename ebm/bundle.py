@@ -183,7 +183,7 @@ class Bundle:
 
         path = Path(path)
         if not path.is_dir():
-            raise DataError(f"{path}: no such model directory")
+            raise DataError(f"{path}: {'a file, expected a' if path.exists() else 'no such'} model directory")
         json_path, weights_path = path / "model.json", path / "model.safetensors"
         content = {}
         for p in (json_path, weights_path):

@@ -120,7 +120,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Short hash of this source tree, "-dirty" where files differ from it; None outside git."""
+    """Short hash of this source tree, "-dirty" where its files differ; None outside git."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
@@ -129,6 +129,7 @@ def commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ebm.attribution import (
+    FEWEST,
     HEADLINE,
     draw_faithfulness,
     draw_group_pulls,
@@ -48,7 +49,6 @@ _FEWEST = 5  # events, and values of a feature, on either side of a comparison
 _CHECKED = (30, 300)  # events in the check of the pulls: the highest 5%, within these bounds
 _VISIBLE = 50  # false positives that can be looked at
 _NORMAL = 2000  # background events that pulls and their check compare with,
-_ENOUGH = 10  # and the fewest that tell what is usual
 _CLASSES = {None: "", 0: "background", 1: "signal"}
 
 
@@ -71,7 +71,7 @@ def error_analysis(model: Any, X_test: np.ndarray, y_test: np.ndarray | None, sc
 
     `model` is a Scorer, with raw events X_test (n, D), or a network, with preprocessed ones; `scores` (n,) are high
     for anomalous events, y_test (n,) marks signal by 1, background by 0, or is None. False positives are the background
-    events above the cut that keeps a share 1 - `rejection` of them, or half where that is fewer than 50, or 50; false
+    events above the cut that keeps a share 1 - `rejection` of them, and at least 50, or half of fewer than 100; false
     negatives the signal events at or below it. The model's own threshold keeps too few of a sample for histograms; it
     is the cut where there is no background to choose one.
 
@@ -84,6 +84,8 @@ def error_analysis(model: Any, X_test: np.ndarray, y_test: np.ndarray | None, sc
     """
     if not 0 <= rejection < 1:
         raise ValueError(f"rejection is {rejection}, expected at least 0 and less than 1")
+    if n_top < 1:
+        raise ValueError(f"n_top is {n_top}, expected at least 1")
     scorer = hasattr(model, "attribution")
     x, y, scores = _checked(X_test, y_test, scores, model.n_features if scorer else model.input_dim)
     for what, given in (("event_id", event_id), ("process", process)):
@@ -109,8 +111,8 @@ def error_analysis(model: Any, X_test: np.ndarray, y_test: np.ndarray | None, sc
         titles = [{"event": str(event_id[i]) if event_id is not None else str(i), "score": float(scores[i]),
                    "label": None if y is None else int(y[i]), "process": None if process is None else str(process[i])}
                   for i in top[:n_top]]
-        if len(normal) < _ENOUGH:
-            result.notes.append(f"fewer than {_ENOUGH} {'background ' if y is not None else ''}events ({len(normal)}): "
+        if len(normal) < FEWEST:
+            result.notes.append(f"fewer than {FEWEST} {'background ' if y is not None else ''}events ({len(normal)}): "
                                 "what is usual is not known, so the highest scores have no pulls")
             result.numbers["candidates"] = [entry | {"features": [], "groups": {}} for entry in titles]
             return result
@@ -137,7 +139,7 @@ def summary(numbers: dict) -> list[str]:
             continue
         line = f"{n['n']:,} of {n['of']:,} {text} above the {'cut' if chosen else 'threshold'} {numbers['cut']:.4g}"
         if kind == "false_positives":
-            line += ", chosen so that some can be looked at" + (
+            line += f", which {numbers['rejection']:.4g} of background does not pass" + (
                 "" if above is None else
                 f" (above the model's own threshold: {above:,} of all {numbers['n_events']:,} events)")
         if "features" in n:
@@ -269,7 +271,7 @@ def _candidates(result: Pictures, x: np.ndarray, u: np.ndarray, pull: np.ndarray
         ordinary = "" if np.abs(pull[i]).max() > 1 else "; no feature pulls more than usual"
         fig.suptitle(_title(i + 1, entry) + ordinary, fontsize=13)
         if raw:
-            by_feature.set_xlabel(by_feature.get_xlabel() + "\nin brackets: spreads from the mean of background")
+            by_feature.set_xlabel(by_feature.get_xlabel() + "\nin brackets: the preprocessed value")
         result.figures[f"candidate_{i + 1}"] = fig
         entry["features"] = [{"feature": names[j], "value": float(x[i, j]), "unit": units[j], "u": float(u[i, j]),
                               "pull": float(pull[i, j])} for j in np.argsort(-np.abs(pull[i]))]

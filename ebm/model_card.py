@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from ebm.bundle import Bundle
@@ -74,7 +75,7 @@ def _recipe(bundle: Bundle) -> list[str]:
         return ["The command was not recorded."]
     seed, members = p.get("seed", 0), p.get("members", 1)
     seeds = f"seed {seed}" if members == 1 else f"{members} networks with seeds {seed} to {seed + members - 1}"
-    threads = plural(p["threads"], "thread") if "threads" in p else "an unknown number of threads"
+    threads = plural(p["threads"], "thread") if p.get("threads") else "an unknown number of threads"
     return [f"$ {p['command']}", *_calibrated_anew(bundle),
             f"With {seeds}, commit {p.get('commit') or 'not recorded'}, {_versions(p.get('versions', {}))}, "
             f"{threads} on {p.get('device', '?')}: the same of all of these gives the same weights. "
@@ -83,13 +84,13 @@ def _recipe(bundle: Bundle) -> list[str]:
 
 def _calibrated_anew(bundle: Bundle) -> list[str]:
     p, t, by = bundle.provenance, bundle.threshold, bundle.class_thresholds
-    words = shlex.split(p["command"])
-    if "calibration" not in p or t is None or "--out" not in words:
+    out, source = re.search(r"--out[= ](\S+)", p["command"]), p.get("calibration", {}).get("source")
+    if not (out and source and t):
         return []
     options = ["--rate", t.rate, "--confidence", t.confidence, *(["--by", by.feature] if by else ()),
                *(["--weighted"] if t.n_eff is not None else ())]
-    return ["$ " + shlex.join(["python", "-m", "ebm", "calibrate", words[words.index("--out") + 1],
-                               typed(p["calibration"]["source"]), *map(str, options)])]
+    return ["$ " + shlex.join(["python", "-m", "ebm", "calibrate", out[1], typed(source),
+                               *map(str, options)])]
 
 
 def _versions(versions: dict) -> str:

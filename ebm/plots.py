@@ -98,7 +98,7 @@ def plot_sculpting(variable: np.ndarray, scores: np.ndarray, cuts: Sequence[floa
             share, error = passing[some] / n, abs(poisson_interval(passing[some]) - passing[some]) / n
             look = {"fmt": "o", "markersize": 3.5, "color": colour}
             top.errorbar(x, share / width, error / width, **look,
-                         label=f"most anomalous {100 * sample.share(cut):.2g}% ({n:,} events)")
+                         label=f"most anomalous {100 * sample.share(cut):.3g}% ({n:,} events)")
             bottom.errorbar(x, share / of_all[some], error / of_all[some], **look)
         bottom.axhline(1, color="black", linewidth=0.8)
         bottom.set_xlim(edges[0], edges[-1])

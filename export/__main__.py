@@ -141,8 +141,10 @@ def _parts(text: str | None) -> list[str] | None:
 
 def _command() -> str:
     """The command line as the manifest keeps it: of absolute paths only the names."""
-    words = (re.sub(r"^(--[\w-]+=)?/.*", lambda m: (m[1] or "") + os.path.basename(m[0]), a) for a in sys.argv[1:])
-    return shlex.join(["python", "-m", "export", *words])
+    def named(match: re.Match) -> str:
+        return (match[1] or "") + os.path.basename(match[0].rstrip("/"))
+
+    return shlex.join(["python", "-m", "export", *(re.sub(r"^(--[\w-]+=)?/.*", named, a) for a in sys.argv[1:])])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def build(model: Bundle | str | Path, to: Iterable[str], out: str | Path, *, out
     if foreign := sorted(extra.keys() - set(to)):
         raise ValueError(f"arguments for {', '.join(foreign)}, which is no target of this export")
     for target, given in extra.items():
-        if unknown := sorted(given.keys() - inspect.signature(_named(TARGETS[target].export)).parameters.keys()):
+        _, _, _, *known = inspect.signature(_named(TARGETS[target].export)).parameters  # after model, place and options
+        if unknown := sorted(given.keys() - set(known)):
             raise ValueError(f"{target} takes no {', '.join(unknown)}")
     for target in to:
         if reason := why_not(target):

@@ -154,6 +154,8 @@ class TorchScriptScorer(_TorchArtefact):
         super().__init__(path, **options)
 
     def _load(self):
+        if self.device.startswith("cuda") and not self._torch.cuda.is_available():
+            raise CannotRun(f"{self.path} on {self.device}: PyTorch sees no CUDA GPU")
         return self._torch.jit.load(self.path, map_location=self.device)
 
 

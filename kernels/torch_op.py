@@ -16,6 +16,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
@@ -148,8 +149,9 @@ class FusedEnergy(nn.Module):
             elif not inside:
                 raise ValueError(f"a noise level k is out of range, {expected}, given {k.min()} to {k.max()}")
             k = k.to(torch.int32)
-        elif k is None or (isinstance(k, int | torch.SymInt) and not isinstance(k, bool)):
-            level, k = self.default_level if k is None else k, None
+        elif k is None or (isinstance(k, int | np.integer | torch.SymInt) and not isinstance(k, bool)):
+            level = self.default_level if k is None else int(k) if isinstance(k, np.integer) else k
+            k = None
             if not 0 <= level < self.n_levels:
                 raise ValueError(f"noise level k = {level} is out of range, {expected}")
         else:

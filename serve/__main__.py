@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 
 from ebm.command import one_sentence
-from serve import logs
-from serve.app import create_app
-from serve.protocol import Connection
-from serve.security import new_key
-from serve.service import Service
-from serve.settings import load_settings
+
+try:
+    import uvicorn
+
+    from serve import logs
+    from serve.app import create_app
+    from serve.protocol import Connection
+    from serve.security import new_key
+    from serve.service import Service
+    from serve.settings import load_settings
+except ImportError as e:
+    sys.exit(f"error: {e.name} is not installed: pip install 'fused-ebm[serve]'")
 
 log = logging.getLogger("fused_ebm.serve")
 

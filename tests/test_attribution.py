@@ -11,6 +11,7 @@ from ebm import hep64, higgsml
 from ebm.attribution import faithfulness, group, group_pulls, pulls
 from ebm.events import load_events
 from ebm.networks import Autoencoder, EnergyNetwork
+from export.manifest import golden_events
 from kernels import load_scorer
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
@@ -40,14 +41,19 @@ def test_pulls_are_averaged_over_noise_levels_each_in_its_own_unit():
 def test_pulls_of_a_scorer_are_1_on_average_among_events_that_have_the_feature():
     scorer, x = load_scorer(DEMO), load_events("toy:300").x.copy()
     x[:, 36:40] = np.nan  # an object that no event has
+    x[np.isnan(x[:, 32]).argsort(kind="stable")[9:], 32:36] = np.nan  # and one that too few have
     pull = pulls(scorer, x, scorer.bundle.sigmas, x)
     missing = np.isnan(x)
     assert (pull[missing] == 0).all()
     n = (pull != 0).sum(axis=0)
     usual = np.sqrt((pull**2).sum(axis=0) / np.maximum(n, 1))
-    np.testing.assert_allclose(usual, n > 0, rtol=1e-6)
-    assert 0 < n[32] < len(x) / 2  # a rare jet is among them
-    assert (pulls(scorer, load_events("toy:20").x, scorer.bundle.sigmas, x)[:, 36:40] == 0).all()
+    np.testing.assert_allclose(usual[n >= 10], 1, rtol=1e-6)
+    assert 10 < n[28] < len(x) / 2  # a rare jet is among them
+    assert n[32] == 9
+    assert 0.1 < usual[32] < 3  # measured by all features
+    events = load_events("toy:2000").x
+    of_the_unseen = pulls(scorer, events[~np.isnan(events[:, 36])], scorer.bundle.sigmas, x)[:, 36]
+    assert 0.1 < np.abs(of_the_unseen).max() < 30
 
 
 def test_pull_of_an_autoencoder_is_its_residual():
@@ -55,7 +61,7 @@ def test_pull_of_an_autoencoder_is_its_residual():
     with torch.no_grad():
         for layer in network.layers:
             layer.weight.zero_()
-    u = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    u = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
     residual = u - network(torch.from_numpy(u)).detach().numpy()
     np.testing.assert_allclose(pulls(network, u, (), u), residual / rms(residual), rtol=1e-5)
 
@@ -128,6 +134,26 @@ def test_features_that_no_normal_event_has():
     x[0, 36:40] = 50, 30, 30, 20
     check = faithfulness(scorer, x[:50], scorer.bundle.sigmas, x[1:])
     assert np.isfinite(check["drop"]["largest pulls"]).all()
+
+
+@pytest.mark.parametrize(("feature", "value"), [("n_jets", 300), ("c_lin", 1e6), ("dphi_min", 999)])
+def test_a_value_that_cannot_be_implies_nothing_that_cannot_be_either(feature, value):
+    scorer, x = load_scorer(DEMO), load_events("toy:400").x.copy()
+    x[0, hep64.SCHEMA.features.index(feature)] = value
+    check = faithfulness(scorer, x[:20], scorer.bundle.sigmas, x[1:])
+    assert np.isfinite([*check["drop"].values()]).all()
+
+
+def test_pulls_of_an_export_are_those_of_its_level(exported):
+    bundle, out = exported
+    x = golden_events(bundle, n=200)
+    of_onnx, of_native = (pulls(load_scorer(s), x, bundle.sigmas, x) for s in (out / "model.onnx", bundle))
+    gradient = load_scorer(bundle, "reference").attribution(x)
+    n = np.count_nonzero(gradient, axis=0)
+    there = n >= 10
+    expected = gradient[:, there] / np.sqrt((gradient**2).sum(0)[there] / n[there])
+    np.testing.assert_allclose(of_onnx[:, there], expected, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(of_onnx, of_native, rtol=1e-2)  # which is averaged over levels
 
 
 def test_network_with_levels_wants_its_own():

@@ -106,6 +106,7 @@ def test_intensity_by_hand():
     assert roofline.intensity(a, 1, True) == pytest.approx(flop / 4 / (2 * weights + 129 + 2 * 3 * 256))
     assert roofline.intensity(a, 64, True) == pytest.approx(flop / 4 / (2 * weights / 32 + 129 + 2 * 3 * 256))
     assert roofline.intensity(a, 1, False) == pytest.approx(2 * weights / 4 / (weights + 65))
+    assert roofline.intensity(a, 1, False, weight_bytes=2) == pytest.approx(2 * weights / (2 * weights + 4 * 65))
     assert roofline.intensity(a, 4096, True) == roofline.intensity(a, 32, True)
 
 

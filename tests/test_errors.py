@@ -116,7 +116,7 @@ def test_scorer_gives_units_processes_and_the_event_picture():
     assert values["MET"]["u"] == pytest.approx(u[40])
     first = entry["features"][0]
     assert fig.axes[0].get_yticklabels()[0].get_text().endswith(f"({first['u']:+.1f})")
-    assert "in brackets: spreads from the mean of background" in fig.axes[0].get_xlabel()
+    assert "in brackets: the preprocessed value" in fig.axes[0].get_xlabel()
     assert sum(result.numbers["false_positives"]["processes"].values()) == pytest.approx(1)
     assert result.numbers["sigma"] == scorer.bundle.sigmas[scorer.bundle.default_level]
     assert result.numbers["above_the_models_threshold"] == int((energy > scorer.threshold).sum())

@@ -224,7 +224,7 @@ def test_the_figures_that_matter(report, capsys):
         "share of the bf16 matrix rate": (0.5, "yes"),
         "against torch.compile in bf16": (round(0.5 * 700e12 / 590_336 * 2.6e-3 / 2**18, 3), "dream"),
         "against torch.compile in fp32": (1.5, "yes"),
-        "batch 1, graph replay, p50": (9.0, "dream"),
+        "batch 1, graph replay on the device, p50": (9.0, "dream"),
         "batch 1, NumPy to NumPy, p50": (30.0, "yes"),
         "batch 1, NumPy to NumPy, p99": (90.0, "NO"),
         "host to host, share of the bus": (0.9, "yes"),

@@ -112,6 +112,20 @@ def test_labels_as_people_write_them(tmp_path, values, wanted):
     assert load_events(path).label.tolist() == wanted
 
 
+@pytest.mark.parametrize("names", [
+    ("label", "run", "event"), ("isSignal", "RunNumber", "EventNumber"), ("TARGET", "run_number", "evt"),
+    ("signal", "Info.runNumber", "Info.eventNumber"),
+])
+def test_labels_and_event_numbers_are_no_features_however_they_are_spelt(tmp_path, names):
+    path = tmp_path / "x.csv"
+    path.write_text(",".join(["pt", *names]) + "\n30,1,5,7\n40,0,5,8\n")
+    events = load_events(path)
+    assert events.schema.features == ("pt",)
+    assert events.label.tolist() == [1, 0]
+    assert events.event_id.tolist() == ["5:7", "5:8"]
+    assert load_events(f"{path}?features=pt,{names[0]}&label=").schema.features == ("pt", names[0])
+
+
 def test_text_among_the_features(tmp_path):
     c = columns(4)
     names = np.array(["qcd", "qcd", "tt", "tt"])

@@ -66,6 +66,7 @@ def test_weights_travel_as_buffers():
     (lambda f, x: f(x, torch.full((9,), 1 << 32)), ValueError, "given 4294967296 to 4294967296"),
     (lambda f, x: f(x, torch.zeros(9)), TypeError, "k are torch.float32, expected whole numbers"),
     (lambda f, x: f(x, torch.zeros(9, dtype=torch.bool)), TypeError, "k are torch.bool, expected whole numbers"),
+    (lambda f, x: f(x, np.int64(12)), ValueError, "noise level k = 12 is out of range"),
     (lambda f, x: f(x, 1.5), TypeError, "noise level k is 1.5, expected a whole number or a tensor"),
     (lambda f, x: f(x, True), TypeError, "noise level k is True, expected a whole number or a tensor"),
     (lambda f, x: f(x, "1"), TypeError, "noise level k is '1', expected"),

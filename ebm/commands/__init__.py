@@ -27,7 +27,8 @@ app = typer.Typer(
 
 Data = Annotated[str, typer.Argument(
     help="Events: **toy**, **toy:N** with N background events, or files: ROOT, CSV, Parquet, HDF5 or NumPy, with "
-    "options behind a question mark where needed, as in **'nano/\\*.root?era=UL2018'**.")]
+    "options behind a question mark where needed, as in **'nano/\\*.root?era=UL2018'** or "
+    "**'my.csv?label=target&missing=-999'** (era, features, label, missing, tree, weight).")]
 Model = Annotated[Path, typer.Argument(help="Directory that 'train' wrote.")]
 Pictured = Annotated[Path, typer.Option("--out", help="Directory for the pictures, each as PNG and PDF.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from ebm.readers import Options
 
 KNOWN = (higgsml.SCHEMA, lhco.SIGNAL_REGION, lhco.FEATURES, hep64.SCHEMA)
-_LABELS = ("Label", "label", "is_signal", "y")
-_WEIGHTS = ("Weight", "weight", "weights", "eventweight", "EventWeight", "event_weight", "genWeight", "mcWeight")
-_RUN = ("run", "Run", "RunNum", "runNumber")
-_LUMI = ("luminosityBlock", "LumiBlockNum", "lumi", "lumiBlock")
-_EVENT = ("event", "Event", "EvtNum", "eventNumber", "EventId", "event_id")
+# In lower case, and without the path of a branch: a column that is not recognised would be trained on.
+_LABELS = ("label", "is_signal", "issignal", "signal", "target", "y")
+_WEIGHTS = ("weight", "weights", "eventweight", "event_weight", "genweight", "mcweight")
+_RUN = ("run", "runnum", "runnumber", "run_number")
+_LUMI = ("luminosityblock", "lumiblocknum", "lumi", "lumiblock", "lumi_block")
+_EVENT = ("event", "evt", "evtnum", "eventnumber", "event_number", "eventid", "event_id")
 _CLASSES = (("0", "1"), ("0.0", "1.0"), ("b", "s"), ("background", "signal"), ("False", "True"))
 
 
@@ -61,8 +62,10 @@ class TableReader:
         if not known and not options.features:
             self._refuse_part_of_a_layout(names)
 
+        plain = {n.rpartition(".")[2].lower(): n for n in reversed(names) if n not in (options.features or ())}
+
         def first(candidates: Sequence[str]) -> str | None:
-            return next((c for c in candidates if c in names and c not in (options.features or ())), None)
+            return next((plain[c] for c in candidates if c in plain), None)
 
         label, _, self.signal = (options.label or "").partition("=")
         if options.label is None:  # y may be a coordinate: it is a label beside x0, x1, ... alone
