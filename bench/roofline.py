@@ -115,8 +115,9 @@ def plot(found: list[dict], report: dict, task: str, path: Path) -> None:
     counts = sorted({p["threads"] for p in found})
     counts = list(dict.fromkeys((counts[0], counts[-1])))
     scorers = sorted({(p["peer"], p["scorer"], p["timing"]) for p in found})
-    x_of = _side_by_side(found)
-    least, most = min(x_of.values()) / 1.6, max(x_of.values()) * 1.6
+    in_float32 = {p["batch"]: min(q["flop_per_byte"] for q in found if q["batch"] == p["batch"]) for p in found}
+    x_of = _side_by_side(in_float32)
+    least, most = min(x_of.values()) / 1.6, max(x_of.values()) * 2.2
     fig, axes = plt.subplots(1, len(counts), figsize=(6.2 * len(counts) + 1.8, 5.6), sharey=True, squeeze=False,
                              layout="constrained")
     for ax, n in zip(axes[0], counts):
@@ -124,7 +125,8 @@ def plot(found: list[dict], report: dict, task: str, path: Path) -> None:
             mine = sorted((p for p in found if p["threads"] == n and (p["peer"], p["scorer"], p["timing"]) == key),
                           key=lambda p: p["batch"])
             ours, inside = not key[0], key[2] != "call"
-            ax.plot([x_of[p["batch"]] for p in mine], [p["gflops"] for p in mine], ls="-" if ours else "--",
+            x = [x_of[p["batch"]] * p["flop_per_byte"] / in_float32[p["batch"]] for p in mine]
+            ax.plot(x, [p["gflops"] for p in mine], ls="-" if ours else "--",
                     lw=1 if ours else 0.6, alpha=0.95, color=COLOURS[i % len(COLOURS)],
                     marker=marker(i), ms=8 if ours else 6, label=label(mine[0]) if mine else "",
                     mfc="none" if inside else None, mew=1.6 if inside else 0.8, zorder=4 if ours else 3)
@@ -137,14 +139,14 @@ def plot(found: list[dict], report: dict, task: str, path: Path) -> None:
     handles = {name: h for ax in axes[0] for h, name in zip(*ax.get_legend_handles_labels()) if name}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     fig.suptitle(f"{report['model']['source']} on {report['machine']['cpu']}; open markers: timed inside C++. Batches "
-                 f"of {TILE} and more\nhave the same intensity, and stand side by side to be told apart.", fontsize=10)
+                 f"of {TILE} and more\nhave the same intensity, and stand side by side to be told apart; int16 reads half the bytes.",
+                 fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
 
-def _side_by_side(found: list[dict]) -> dict[int, float]:
+def _side_by_side(by_batch: dict[int, float]) -> dict[int, float]:
     """Where each batch stands: at its intensity, and from the second tile on a little further right each."""
-    by_batch = {p["batch"]: p["flop_per_byte"] for p in found}
     large = [b for b in sorted(by_batch) if b >= TILE]
     return {b: oi * 2 ** (_STEP * large.index(b) if b in large else 0) for b, oi in sorted(by_batch.items())}
 
