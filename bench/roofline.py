@@ -139,8 +139,8 @@ def plot(found: list[dict], report: dict, task: str, path: Path) -> None:
     handles = {name: h for ax in axes[0] for h, name in zip(*ax.get_legend_handles_labels()) if name}
     fig.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     fig.suptitle(f"{report['model']['source']} on {report['machine']['cpu']}; open markers: timed inside C++. Batches "
-                 f"of {TILE} and more\nhave the same intensity, and stand side by side to be told apart; int16 reads half the bytes.",
-                 fontsize=10)
+                 f"of {TILE} and more\nhave the same intensity, and stand side by side to be told apart; int16 reads "
+                 "half the bytes.", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
