@@ -129,6 +129,11 @@ def error_analysis(model: Any, X_test: np.ndarray, y_test: np.ndarray | None, sc
     return result
 
 
+def visible_rejection(n: int, rejection: float = REJECTION, fewest: int = _VISIBLE) -> float:
+    """`rejection`, or less where fewer than `fewest` of n background events would pass; half pass at most."""
+    return min(rejection, max(0.5, 1 - fewest / max(n, 1)))
+
+
 def summary(numbers: dict) -> list[str]:
     """The figures of `error_analysis` in sentences."""
     lines, chosen = [], numbers.get("rejection") is not None
@@ -197,7 +202,7 @@ def _mistakes(result: Pictures, features: list[Feature], x: np.ndarray, norm: np
     background, signal = y == 0, y == 1
     chosen, few = background.sum() >= 2, f"{background.sum()} of {len(y)} events are background, too few for a cut"
     if chosen:
-        rejection = min(rejection, max(0.5, 1 - _VISIBLE / background.sum()))
+        rejection = visible_rejection(int(background.sum()), rejection)
         cut = cut_at_rejection(scores[background], rejection)
     elif threshold is not None:
         cut = threshold

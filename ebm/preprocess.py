@@ -71,7 +71,7 @@ class Preprocessing:
         for j, name in enumerate(schema.features):
             values = x[~np.isnan(x[:, j]), j]
             if len(values) == 0 and not (schema.optional and schema.optional[j]):
-                raise DataError(f"feature {name!r} is missing in all {len(x)} background events: choose others")
+                raise DataError(f"feature {name!r} is missing in all {len(x)} background events: leave it out")
             if len(values) == 0:  # no event has so many objects
                 impute[j] = 0.0
                 constant.append(name)

@@ -16,7 +16,7 @@ import numpy as np
 from ebm.bundle import Bundle
 from ebm.command import commit, plain, processor, versions, whole_file
 from ebm.efficiency import cut_at_rejection
-from ebm.errors import error_analysis
+from ebm.errors import error_analysis, visible_rejection
 from ebm.errors import summary as errors_in_words
 from ebm.evaluate import evaluate, mass_sculpting, rate
 from ebm.events import DataError, Events, split
@@ -30,7 +30,6 @@ from ebm.style import Pictures, check_directory
 from ebm.threshold import CROSSINGS, trigger_rate
 
 PAGE = "report.html"
-_REJECTION = 0.99  # of mistakes, and of the cut that is shown where the flag is too rare to be seen
 _VISIBLE = 100  # background events above a cut: ten for each bin of a variable
 _VARIABLES = (("ht", "PRI_jet_all_pt"), ("MET", "PRI_met"), ("n_jets", "PRI_jet_num"))
 _INPUT_RATES = {"every bunch crossing": CROSSINGS, "what a hardware trigger keeps": 1e5, "what is recorded": 1e3}
@@ -91,8 +90,9 @@ def report(bundle: Bundle, events: Events, scorer: Any, out: Path, *, model: str
     }
     sigma = bundle.sigmas[bundle.default_level] if bundle.sigmas else None
     own.figures["energies"] = plot_energies(energy, classes, t and t.energy, sigma)
+    rejection = visible_rejection(n.get("background", 0), fewest=_VISIBLE)
     analysed = error_analysis(scorer, kept.x, kept.label, energy, bundle.sigmas, event_id=kept.event_id,
-                              process=kept.process, rejection=_rejection(n.get("background", 0)))
+                              process=kept.process, rejection=rejection)
     numbers |= {"errors": analysed.numbers, "errors_in_words": errors_in_words(analysed.numbers),
                 "card": model_card(bundle), "provenance": _provenance(bundle, events, scorer),
                 "notes": notes + own.notes + analysed.notes}
@@ -130,11 +130,6 @@ def _classes(events: Events) -> dict[str, np.ndarray]:
     return {name: r for name, r in rows.items() if r.any()}
 
 
-def _rejection(n: int) -> float:
-    """Of the cut that is shown: so that some of n events pass it."""
-    return min(_REJECTION, max(0.5, 1 - _VISIBLE / max(n, 1)))
-
-
 def _efficiency(bundle: Bundle, events: Events, energy: np.ndarray, classes: dict[str, np.ndarray],
                 result: Pictures) -> dict | None:
     """Who is flagged, or passes a looser cut where too few background events are, by what every analysis looks at."""
@@ -146,7 +141,7 @@ def _efficiency(bundle: Bundle, events: Events, energy: np.ndarray, classes: dic
         return None
     flagged = t and np.count_nonzero(of > t.energy)
     is_flag = t is not None and (name == "signal" or flagged >= _VISIBLE)
-    cut = t.energy if is_flag else cut_at_rejection(of, _rejection(len(of)))
+    cut = t.energy if is_flag else cut_at_rejection(of, visible_rejection(len(of), fewest=_VISIBLE))
     passed = energy > cut
     features, units = events.schema.features, dict(zip(events.schema.features, events.schema.units))
     known = np.where(bundle.preprocessing.missing(events.x), np.nan, events.x)

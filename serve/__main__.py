@@ -28,7 +28,7 @@ try:
     from serve.security import new_key
     from serve.service import Service
     from serve.settings import load_settings
-except ImportError as e:
+except ModuleNotFoundError as e:
     sys.exit(f"error: {e.name} is not installed: pip install 'fused-ebm[serve]'")
 
 log = logging.getLogger("fused_ebm.serve")
