@@ -50,7 +50,8 @@ def test_bad_labels_and_weights(tmp_path):
     bad = c["label"].copy()
     bad[11] = 7
     text = message(write(tmp_path / "a.npz", c | {"label": bad}))
-    assert "entry 11, column label: expected 1 or 0, given '7'" in text
+    assert "entry 11, column label: expected 1 or 0 (a label; the option 'label=' takes it for a feature), " in text
+    assert "given '7'" in text
     nan = np.where(np.arange(50) == 12, np.nan, 1.0)
     text = message(write(tmp_path / "b.npz", c | {"weight": nan}))
     assert "entry 12, column weight: expected a finite number, given nan" in text

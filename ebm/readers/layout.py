@@ -68,6 +68,7 @@ class TableReader:
             return next((plain[c] for c in candidates if c in plain), None)
 
         label, _, self.signal = (options.label or "").partition("=")
+        self.guessed = options.label is None and not known
         if options.label is None:  # y may be a coordinate: it is a label beside x0, x1, ... alone
             label = first(_LABELS if "x0" in names else _LABELS[:-1]) or ""
         weight = first(_WEIGHTS) if options.weight is None else options.weight
@@ -151,7 +152,8 @@ class TableReader:
                 label = (given == self.signal).astype(np.int8)
             else:
                 classes = max(_CLASSES, key=lambda pair: np.isin(given, pair).sum())
-                refuse(~np.isin(given, classes), column, f"{classes[1]} or {classes[0]}")
+                hint = " (a label; the option 'label=' takes it for a feature)" if self.guessed else ""
+                refuse(~np.isin(given, classes), column, f"{classes[1]} or {classes[0]}{hint}")
                 label = (given == classes[1]).astype(np.int8)
         weight = piece.get(self.roles.get("weight"))
         if weight is not None:
